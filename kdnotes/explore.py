@@ -49,7 +49,7 @@ def draw_cube(
                 for face, colour in zip(_faces(c, i, j, H, .55), tone):
                     ax.add_patch(Polygon(face, closed=True, facecolor=colour, edgecolor='#60707f', linewidth=.5,
                                          alpha=1 if inside(c, i, j) else .55))
-    ax.set(aspect='equal', title=title); ax.autoscale_view(); ax.axis('off')
+    ax.set(aspect='equal', title=title, xlim=(-1, W + .55 * C + .2), ylim=(-.8, H + .33 * C + .2)); ax.axis('off')
     ax.annotate('W', (W / 2, -.6)); ax.annotate('H', (-.7, H / 2)); ax.annotate('C', (W + .35 * C, .1))
     return ax
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Count', 'count', 'FCNHead', 'PSPHead', 'ASPPHead', 'SegmentationNet', 'pspnet', 'deeplabv3', 'Stages', 'Residual',
-           'tiny_student', 'tiny_teacher', 'save_weights', 'load_weights']
+           'tiny_student', 'tiny_teacher', 'atomic_write', 'save_weights', 'load_weights']
 
 # %% ../nbs/training/01_networks.ipynb #6f1dbdae
 import copy, os, pickle, re
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 # %% ../nbs/training/01_networks.ipynb #cf81b058
 import safetensors, safetensors.torch
@@ -34,7 +34,7 @@ def _shadow(model, place):
             memo[id(t)] = place(t.detach())
             if isinstance(t, nn.Parameter): memo[id(t)] = nn.Parameter(memo[id(t)], t.requires_grad)
     hooked = [getattr(m, kind) for m in model.modules() for kind in kinds]
-    for hooks in hooked: memo[id(hooks)] = OrderedDict()    # all empty first: a hook may lead back to a module
+    for hooks in hooked: memo[id(hooks)] = OrderedDict()    # all empty first: a hook may lead to a module
     for hooks in hooked:
         own = {k: h for k, h in hooks.items() if id(_owner(h)) in parts}
         memo[id(hooks)].update((k, copy.deepcopy(h, memo)) for k, h in own.items())
@@ -66,7 +66,7 @@ def count(
     "Parameters, and FLOPs (2 x multiply-adds) of one forward pass for one image of shape (channels,H,W)."
     if len(size) != 2: raise ValueError(f'size is (H, W), got {tuple(size)}')
     model = getattr(model, '_orig_mod', model)      # inside torch.compile's wrapper
-    batch = 2 if training else 1                    # BatchNorm cannot train on one value per channel
+    batch = 2 if training else 1                    # two where BatchNorm trains
     def meta(t): return torch.empty_like(t, device='meta')
     def cpu(t): return t.to('cpu', copy=True)
     try: flops = _flops(model, meta, size, channels, batch)
@@ -79,7 +79,7 @@ _RESNET = re.compile(r'resnet(18|34|50|101|152)')
 def _check(name, output_stride, stem):
     "ValueError for a backbone that cannot be made."
     if not timm.is_model(name): raise ValueError(f'{name!r} is no network of timm; see timm.list_models()')
-    if output_stride not in (8, 16, 32): raise ValueError(f'output stride is 8, 16 or 32, got {output_stride!r}')
+    if output_stride not in (8, 16, 32): raise ValueError(f'output stride 8, 16 or 32, got {output_stride}')
     if stem not in ('deep', 'plain'): raise ValueError(f"stem is 'deep' or 'plain', got {stem!r}")
     if stem == 'deep' and not _RESNET.fullmatch(name):
         raise ValueError(f"only a plain ResNet has a deep stem; for {name!r} leave out stem='deep'")
@@ -125,9 +125,9 @@ def _refuse_batch_of_one(head, x):
     "ValueError when BatchNorm would have to train on the single pooled value of a single image."
     if len(x) == 1 and any(m.training for m in head.modules() if isinstance(m, nn.BatchNorm2d)):
         raise ValueError(
-            f'{type(head).__name__} pools the whole image to one value per channel, and BatchNorm cannot train on one '
-            'value: got a batch of one image in training mode. Use 2 or more images (drop_last=True in the loader), '
-            'or freeze BatchNorm with eval()')
+            f'{type(head).__name__} pools an image to one value per channel, and BatchNorm cannot train on '
+            'one value: got a batch of one image in training mode. Use 2 or more images (drop_last=True in '
+            'the loader), or freeze BatchNorm with eval()')
 
 # %% ../nbs/training/01_networks.ipynb #2e528148
 class PSPHead(FCNHead):
@@ -261,7 +261,7 @@ class Residual(nn.Module):
 def tiny_student(
     num_classes: int,    # C
 ) -> SegmentationNet:
-    "A student of about 22 thousand parameters: output stride 4, feature of 32 channels, sees 63 x 63 pixels."
+    "A student of about 22 thousand parameters: stride 4, feature of 32 channels, sees 63 x 63 pixels."
     body = Stages(OrderedDict(stem=_conv(3, 16, stride=2), down=_conv(16, 24, stride=2),
                               wide2=_conv(24, 24, dilation=2), wide4=_conv(24, 24, dilation=4)))
     return SegmentationNet(body, FCNHead(24, 32, num_classes, dropout=0.))
@@ -269,17 +269,17 @@ def tiny_student(
 def tiny_teacher(
     num_classes: int,    # C
 ) -> SegmentationNet:
-    "A teacher of about 250 thousand parameters: output stride 4, feature of 48 channels, sees the whole image."
+    "A teacher of about 250 thousand parameters: stride 4, feature of 48 channels, sees the whole image."
     body = Stages(OrderedDict(stem=_conv(3, 24, stride=2), down=_conv(24, 48, stride=2),
                               wide1=Residual(48), wide2=Residual(48, 2), wide4=Residual(48, 4)))
     return SegmentationNet(body, PSPHead(48, 48, num_classes, dropout=0.))
 
 # %% ../nbs/training/01_networks.ipynb #f62103e6
 _ADVICE = (
-    'ImageNet weights for {name!r} could not be loaded ({why}). Where there is a network, build it once with '
-    'pretrained=True and copy the cache folder (HF_HOME, usually ~/.cache/huggingface) to this machine; or fetch '
-    '{name!r} there as model.safetensors and say pretrained="path/model.safetensors"; or start from a trained net of '
-    'yours with weights="net.safetensors".')
+    'ImageNet weights for {name!r} could not be loaded ({why}). Where there is a network, build it once '
+    'with pretrained=True and copy the cache folder (HF_HOME, usually ~/.cache/huggingface) to this machine; '
+    'or fetch {name!r} there as model.safetensors and say pretrained="path/model.safetensors"; or start from '
+    'a trained net of yours with weights="net.safetensors".')
 
 def _hub_answers(name):
     "Raise quickly if timm would have to download `name` and the hub cannot be reached."
@@ -303,6 +303,23 @@ def _pretrained(name, source, options):
         raise RuntimeError(_ADVICE.format(name=name, why=f'{type(e).__name__}: {e}')) from e
 
 # %% ../nbs/training/01_networks.ipynb #ed091327
+def atomic_write(
+    path: str | Path,    # where to; folders are made, an old file is replaced
+    write: Callable,     # write(file): writes the bytes into an open binary file
+) -> Path:
+    "Write a file whole or not at all."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with open(part, 'wb') as f:
+            write(f)
+            f.flush(); os.fsync(f.fileno())
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+    return path
+
+# %% ../nbs/training/01_networks.ipynb #08ce44a1
 def save_weights(
     model: nn.Module,    # any network, on any device
     path: str | Path,    # where to, ending in .safetensors; replaced if it exists
@@ -310,17 +327,9 @@ def save_weights(
     "Write the weights and buffers of `model` to a safetensors file, whole or not at all."
     path = Path(path)
     if path.suffix != '.safetensors': raise ValueError(f'weights are kept as .safetensors, got {path.name!r}')
-    state = model.state_dict()      # cloned, because the format refuses shared tensors: they are written twice
+    state = model.state_dict()      # cloned: the format refuses shared tensors, so they are written twice
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        with open(part, 'wb') as f:
-            f.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
-            f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-    return path
+    return atomic_write(path, lambda f: f.write(safetensors.torch.save(state, metadata={'format': 'pt'})))
 
 # %% ../nbs/training/01_networks.ipynb #3acd9a46
 def _read(path):
@@ -347,7 +356,7 @@ def _misfits(model, state):
     shapes = [(k, tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state]
     kinds = {'missing': [k for k in own if k not in state],
              'unexpected': [k for k in state if k not in own],
-             'of another shape': [f'{k} {given} instead of {fit}' for k, given, fit in shapes if given != fit]}
+             'of another shape': [f'{k} {got} instead of {fit}' for k, got, fit in shapes if fit != got]}
     for kind, keys in kinds.items():
         more = ', ...' if len(keys) > 3 else ''
         if keys: problems.append(f"{len(keys)} {kind}: {', '.join(keys[:3])}{more}")

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
+from .data.datasets import default_palette, paint
+
 # %% ../nbs/training/03_tasks.ipynb #2fe0f0fe
 def main_output(
     output,     # what a network returned
@@ -40,13 +42,13 @@ class Segmentation:
                  num_classes: int,                # number of classes, 2 or more
                  *,
                  classes: tuple | None = None,    # their names; 'class 0', ... if None
-                 palette=None,                    # their colours, (num_classes, 3) in 0..255; matplotlib's tab20 if None
+                 palette=None,                    # their colours, (num_classes, 3) in 0..255; `default_palette` if None
                  ignore_index: int = 255,         # label that does not count
                  aux_weight: float = .4):         # of the auxiliary head's cross-entropy
         if num_classes < 2: raise ValueError(f'segmentation needs 2 classes or more, got {num_classes}: a softmax over one class is constant')
         if classes is not None and len(classes) != num_classes: raise ValueError(f'{len(classes)} names for {num_classes} classes')
         self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
-        self.palette = np.asarray(palette if palette is not None else (np.array(plt.get_cmap('tab20').colors * 13) * 255).round(), dtype=np.uint8)
+        self.palette = palette if palette is not None else default_palette(num_classes)
         self.classes = tuple(classes) if classes is not None else tuple(f'class {i}' for i in range(num_classes))
 
     def __repr__(self): return f'Segmentation({self.num_classes}, ignore_index={self.ignore_index}, aux_weight={self.aux_weight})'
@@ -121,13 +123,6 @@ def results(self: Segmentation,
 
 # %% ../nbs/training/03_tasks.ipynb #cca0df83
 @patch
-def colour(self: Segmentation,
-           mask) -> np.ndarray:   # (H,W) class ids
-    "The mask as an RGB picture (H,W,3); ids without a class are black."
-    ids = np.asarray(mask)
-    return np.where((ids < self.num_classes)[..., None], self.palette[np.minimum(ids, self.num_classes - 1)], 0).astype(np.uint8)
-
-@patch
 def picture(self: Segmentation,
             samples: list,        # samples with `image` uint8 (3,H,W) and `mask` (H,W)
             predictions: dict):   # name of a network -> its class ids, one (H,W) per sample
@@ -135,7 +130,7 @@ def picture(self: Segmentation,
     rows, names = len(samples), list(predictions)
     fig, axes = plt.subplots(rows, 2 + len(names), figsize=(2.3 * (2 + len(names)), 1.35 * rows + .3), squeeze=False, layout='constrained')
     for r, sample in enumerate(samples):
-        panels = [np.asarray(sample['image']).transpose(1, 2, 0), self.colour(sample['mask'])] + [self.colour(predictions[n][r]) for n in names]
-        for ax, panel in zip(axes[r], panels): ax.imshow(panel); ax.set_xticks([]); ax.set_yticks([])
+        masks = [paint(m, self.palette) for m in (sample['mask'], *(predictions[n][r] for n in names))]
+        for ax, panel in zip(axes[r], [np.asarray(sample['image']).transpose(1, 2, 0), *masks]): ax.imshow(panel); ax.set_xticks([]); ax.set_yticks([])
     for ax, title in zip(axes[0], ['image', 'truth', *names]): ax.set_title(title, fontsize=9)
     return fig

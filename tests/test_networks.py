@@ -6,8 +6,8 @@ from torch import nn
 from torchvision.models.segmentation import deeplabv3_resnet101
 
 from kdnotes import networks
-from kdnotes.networks import (ASPPHead, FCNHead, PSPHead, SegmentationNet, Stages, count, deeplabv3, load_weights, pspnet, save_weights,
-                              tiny_student, tiny_teacher)
+from kdnotes.networks import (ASPPHead, FCNHead, PSPHead, SegmentationNet, Stages, count, deeplabv3, load_weights, pspnet,
+                              save_weights, tiny_student, tiny_teacher)
 
 BACKBONES = 'resnet18', 'resnet50', 'resnet101', 'mobilenetv2_100', 'xception41'
 
@@ -30,8 +30,12 @@ def test_forward_backward(backbone, build):
 
 
 @pytest.mark.parametrize('size', [(32, 32), (33, 47), (95, 161)])
-@pytest.mark.parametrize('build, stride', [(lambda: pspnet('resnet18', num_classes=4), 8), (lambda: deeplabv3('resnet18', num_classes=4, output_stride=16), 16),
-                                           (lambda: pspnet('mobilenetv2_100', num_classes=4, output_stride=32), 32), (lambda: tiny_student(4), 4), (lambda: tiny_teacher(4), 4)])
+@pytest.mark.parametrize('build, stride', [
+    (lambda: pspnet('resnet18', num_classes=4), 8),
+    (lambda: deeplabv3('resnet18', num_classes=4, output_stride=16), 16),
+    (lambda: pspnet('mobilenetv2_100', num_classes=4, output_stride=32), 32),
+    (lambda: tiny_student(4), 4),
+    (lambda: tiny_teacher(4), 4)])
 def test_any_size(build, stride, size):
     net = build()
     expected = tuple(math.ceil(n / stride) for n in size)
@@ -51,7 +55,8 @@ def test_the_papers_sizes():
 
 def test_deeplab_costs_what_torchvisions_does():
     with torch.device('meta'):
-        ours, theirs = deeplabv3('resnet101', num_classes=21), deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+        ours = deeplabv3('resnet101', num_classes=21)
+        theirs = deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
     assert count(ours, (128, 256), training=True) == count(theirs, (128, 256), training=True)
 
 
@@ -73,7 +78,8 @@ def test_bottleneck_is_what_the_classifier_reads():
         assert kept[0].min() == 0
 
 
-@pytest.mark.parametrize('build', [lambda: pspnet('resnet18', num_classes=3), lambda: deeplabv3('xception41', num_classes=3), lambda: tiny_student(3), lambda: tiny_teacher(3)])
+@pytest.mark.parametrize('build', [lambda: pspnet('resnet18', num_classes=3), lambda: deeplabv3('xception41', num_classes=3),
+                                   lambda: tiny_student(3), lambda: tiny_teacher(3)])
 def test_same_seed_same_network(build):
     nets = []
     for seed in (7, 7, 8):
@@ -103,13 +109,14 @@ def test_count_by_hand():
     with pytest.raises(ValueError, match=r'\(H, W\)'): count(shared, (3, 4, 4))
 
 
-@pytest.mark.parametrize('build', [lambda: pspnet('resnet18', num_classes=3), lambda: deeplabv3('xception41', num_classes=3), lambda: tiny_teacher(3)])
+@pytest.mark.parametrize('build', [lambda: pspnet('resnet18', num_classes=3), lambda: deeplabv3('xception41', num_classes=3),
+                                   lambda: tiny_teacher(3)])
 def test_count_leaves_no_trace(build):
     net = build().train()
     net.head.eval(); net.head.classifier.weight.requires_grad_(False)
     net(torch.randn(2, 3, 64, 64))['out'].square().mean().backward()
-    seen, kept = [], torch.randn(3, requires_grad=True) * 2                                # a tensor that cannot be deep-copied
-    handle = net.head.bottleneck.register_forward_hook(lambda m, i, o, kept=kept: seen.append(o))
+    seen = []
+    handle = net.head.bottleneck.register_forward_hook(lambda m, i, o: seen.append(o))
     before, modes, random = state(net), {k: m.training for k, m in net.named_modules()}, torch.get_rng_state()
     grads = {k: None if p.grad is None else p.grad.clone() for k, p in net.named_parameters()}
     hooks = {k: dict(m._forward_hooks) for k, m in net.named_modules()}
@@ -197,7 +204,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 def test_pretrained_offline_says_what_to_do(empty_cache, monkeypatch):
     monkeypatch.setattr(empty_cache, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(RuntimeError, match="resnet18.*HF_HOME.*model.safetensors.*weights="): pspnet('resnet18', num_classes=3, stem='plain', pretrained=True)
+    with pytest.raises(RuntimeError, match='resnet18.*HF_HOME.*model.safetensors.*weights='):
+        pspnet('resnet18', num_classes=3, stem='plain', pretrained=True)
 
 
 def test_pretrained_without_a_network_fails_at_once(empty_cache, monkeypatch):
@@ -205,7 +213,8 @@ def test_pretrained_without_a_network_fails_at_once(empty_cache, monkeypatch):
     monkeypatch.setattr(empty_cache, 'ENDPOINT', 'http://127.0.0.1:9')                       # nobody listens there
     def never(*args, **kwargs): raise AssertionError('timm would have started its retries')
     monkeypatch.setattr(networks.timm, 'create_model', never)
-    with pytest.raises(RuntimeError, match='could not be loaded') as caught: deeplabv3('resnet101', num_classes=3, stem='deep', pretrained=True)
+    with pytest.raises(RuntimeError, match='could not be loaded') as caught:
+        deeplabv3('resnet101', num_classes=3, stem='deep', pretrained=True)
     assert not isinstance(caught.value.__cause__, AssertionError)
 
 
@@ -215,8 +224,10 @@ def test_pretrained_from_a_file(tmp_path):
     net = pspnet('resnet18', num_classes=3, stem='plain', pretrained=path)
     own = net.backbone.state_dict()
     assert equal(own, {k: v for k, v in whole.state_dict().items() if k in own}) and 'layer4.1.conv2.weight' in own
-    with pytest.raises(FileNotFoundError, match='nowhere.safetensors'): pspnet('resnet18', num_classes=3, stem='plain', pretrained=tmp_path / 'nowhere.safetensors')
-    with pytest.raises(RuntimeError, match='could not be loaded'): pspnet('resnet50', num_classes=3, stem='plain', pretrained=path)
+    with pytest.raises(FileNotFoundError, match='nowhere.safetensors'):
+        pspnet('resnet18', num_classes=3, stem='plain', pretrained=tmp_path / 'nowhere.safetensors')
+    with pytest.raises(RuntimeError, match='could not be loaded'):
+        pspnet('resnet50', num_classes=3, stem='plain', pretrained=path)
 
 
 # weights files
@@ -228,7 +239,8 @@ def test_safetensors_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ['net.safetensors']
     again = load_weights(pspnet('mobilenetv2_100', num_classes=3), path)
     assert equal(state(net), again.state_dict())
-    assert equal(state(net), pspnet('mobilenetv2_100', num_classes=3, weights=path, pretrained=True).state_dict())     # no download
+    again = pspnet('mobilenetv2_100', num_classes=3, weights=path, pretrained=True)          # no download
+    assert equal(state(net), again.state_dict())
     assert path.stat().st_mode & 0o777 == (tmp_path / 'new').stat().st_mode & 0o666
 
 
@@ -288,7 +300,8 @@ def test_malicious_file_is_refused(tmp_path, zipped):
 
 
 @pytest.mark.parametrize('name', ['net.safetensors', 'net.pt'])
-@pytest.mark.parametrize('content', [b'', b'not weights at all', bytes(range(256)) * 8, pickle.dumps({'a': 1}), pickle.dumps([1, 2])])
+@pytest.mark.parametrize('content', [b'', b'not weights at all', bytes(range(256)) * 8, pickle.dumps({'a': 1}, 2), pickle.dumps([1, 2], 2)],
+                         ids=['empty', 'text', 'bytes', 'dict', 'list'])
 def test_rubbish_is_named(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)

@@ -27,6 +27,8 @@ def breaches(path):
         if path.stem != '00_checks' and re.search(r'\b(test_fail|test_close|test_eq)\(', source): yield f'{where} uses a stock test helper; see 00_checks'
     if residue := re.search(r'/(home|root|tmp|work|Users|mnt|opt)/[\w.-]+', stored): yield f'an output names a place of one machine: {residue[0]}'
     if len(stored) > MOST_OUTPUT: yield f'{len(stored)} characters of output, more than {MOST_OUTPUT}'
+    for link in re.findall(r'\]\(([^)\s#:]+\.(?:ipynb|md|png|json))', ' '.join(text(c) for c in cells if c['cell_type'] == 'markdown')):
+        if not (path.parent / link).exists(): yield f'a link to {link}, which does not exist'
     if path.parent.name == 'losses':
         heads = ' | '.join(l.lower() for c in cells if c['cell_type'] == 'markdown' for l in text(c).splitlines() if l.startswith('#'))
         yield from (f'no section on {s!r}' for s in LOSS_SECTIONS if s not in heads)

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'SUFFIXES', 'IGNORE', 'CAMVID_CLASSES', 'CAMVID_PALETTE', 
            'CITYSCAPES_PALETTE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'read_image', 'read_mask', 'relabel',
            'SegmentationFiles', 'pair_by_stem', 'default_palette', 'paint', 'SegmentationFolder', 'data_root', 'CamVid',
            'Cityscapes', 'Depth', 'typed', 'RandomScale', 'eval_transform', 'train_transform', 'sample_seed',
-           'Augmented', 'epoch_order', 'Batches', 'train_loader', 'eval_loader', 'channel_stats']
+           'Augmented', 'InMemory', 'epoch_order', 'Batches', 'train_loader', 'eval_loader', 'channel_stats']
 
 # %% ../../nbs/data/02_datasets.ipynb #d2361eec
 import os
@@ -352,6 +352,21 @@ class Augmented(Dataset):
         with torch.random.fork_rng(devices=[]):              # the global generator comes back unchanged
             torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
             return self.transform(self.dataset[index])
+
+# %% ../../nbs/data/02_datasets.ipynb #fede85e5
+class InMemory(Dataset):
+    "A data set whose samples are read once and kept: for sets that fit into memory, below an `Augmented`."
+    def __init__(self,
+                 dataset: Dataset,   # gives raw samples by index
+                 ):
+        self.dataset, self.kept = dataset, {}
+
+    def __len__(self): return len(self.dataset)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        if index not in self.kept: self.kept[index] = self.dataset[index]
+        return self.kept[index]
 
 # %% ../../nbs/data/02_datasets.ipynb #6a155eef
 @lru_cache(maxsize=4)

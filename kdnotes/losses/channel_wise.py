@@ -24,11 +24,12 @@ class ChannelWise(nn.Module):
 
     def forward(self,
                 student: Tensor,              # scores or features, (B,C,H,W); differentiable
-                teacher: Tensor):             # the same shape; detached inside
+                teacher: Tensor,              # the same shape; detached inside
+                ) -> Tensor:                  # 0-dim, float32 or float64
         "The loss, 0-dim; channels that differ in number need an adapter before it."
         check_pair(student, teacher, layout='BCHW', free='C')
         if student.shape[1] != teacher.shape[1]:
-            raise ValueError(f'channels must be equal in number, got student {tuple(student.shape)} and teacher '
+            raise ValueError(f'channel counts differ: student {tuple(student.shape)} and teacher '
                              f'{tuple(teacher.shape)}: put an adapter (1x1 convolution) after the student')
         return softmax_kl(student.flatten(2), teacher.flatten(2), dim=2, temperature=self.temperature)
 

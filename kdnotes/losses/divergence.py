@@ -105,5 +105,6 @@ def softmax_kl(
     check_temperature(temperature)
     if not -student.dim() <= dim < student.dim():
         raise ValueError(f'dim {dim} is out of range for student {tuple(student.shape)} and teacher {tuple(teacher.shape)}')
+    wide = torch.promote_types(student.dtype, teacher.dtype)
     with torch.autocast(student.device.type, enabled=False):
-        return _SoftmaxKL.apply(at_least_float32(student), at_least_float32(teacher.detach()), dim, float(temperature))
+        return _SoftmaxKL.apply(at_least_float32(student.to(wide)), at_least_float32(teacher.detach().to(wide)), dim, float(temperature))
