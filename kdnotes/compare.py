@@ -7,7 +7,7 @@ __all__ = ['write_json', 'open_folder', 'circumstances', 'teacher_of', 'student_
            'compare_cli', 'train_cli']
 
 # %% ../nbs/training/11_compare.ipynb #9cb5bcae
-import argparse, copy, json, platform, shlex, subprocess, sys
+import argparse, copy, hashlib, json, platform, shlex, subprocess, sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -190,12 +190,21 @@ def find_recipe(
     raise ValueError(f'no recipe {recipe!r}: choose from {sorted(RECIPES)}')
 
 # %% ../nbs/training/11_compare.ipynb #85280bc8
+def _fingerprint(recipe):
+    "A hash of the weights of a teacher that is given or loaded: other weights are another comparison."
+    digest = hashlib.sha256()
+    if isinstance(recipe.teacher, nn.Module):
+        for v in recipe.teacher.state_dict().values(): digest.update(v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    elif recipe.teacher_weights is not None: digest.update(Path(recipe.teacher_weights).read_bytes())
+    else: return None
+    return digest.hexdigest()
+
 def _prepare(recipe, out, data_root, max_steps):
     "Recipe with capped budgets, its folder, its data: what comparing and training share."
     recipe = find_recipe(recipe)
     recipe = replace(recipe, budget=_capped(recipe.budget, max_steps), teacher_budget=_capped(recipe.teacher_budget, max_steps))
     splits = _splits(recipe, data_root)                      # before the folder: wrong data leaves nothing behind
-    return recipe, open_folder(out, {'recipe': describe(recipe), 'max_steps': max_steps}), splits
+    return recipe, open_folder(out, {'recipe': describe(recipe), 'teacher_weights': _fingerprint(recipe), 'max_steps': max_steps}), splits
 
 def _results(recipe, teacher, record, runs, command):
     "The results dictionary: one format for comparisons, single runs and the ledger."
