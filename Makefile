@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# threads that wait should sleep: with another busy process, spinning ones make tiny networks thirty times slower
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lab e2e soak readme run hooks clean
 demo: $(STAMP)          ## a small network learns from a large one: the comparison `scenes`, about five minutes

@@ -72,7 +72,7 @@ def circumstances() -> dict:
     try: commit = git('rev-parse', 'HEAD') if git('ls-files', '--error-unmatch', '__init__.py') else None
     except OSError: commit = None                                                      # no git on this machine
     if commit and git('status', '--porcelain', '--untracked-files=no'): commit += '+changes'
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu, {torch.get_num_threads()} threads'
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({torch.get_num_threads()} threads)'
     packages = ('kdnotes', 'torch', 'torchvision', 'timm', 'torchmetrics', 'accelerate', 'numpy')
     return {'device': device, 'versions': {'python': platform.python_version(), **{p: of(p) for p in packages}}, 'commit': commit}
 
@@ -213,9 +213,11 @@ def _results(recipe, teacher, record, runs, command):
             'teacher': {**network(teacher), 'metrics': record['metrics']}, 'student': network(recipe.student()),
             'runs': runs, 'summary': summarise(runs, recipe.task.metric)}
 
-def _command(program, **flags):
-    "The command line that does the same."
-    return shlex.join([program, *(str(a) for k, v in flags.items() if v is not None and v is not False for a in ((f'--{k}',) if v is True else (f'--{k}', v)))])
+def _command(program, recipe, **flags):
+    "The command line that does the same, or, for a recipe that does not ship, a line that says so."
+    flags = {'recipe': recipe.name, **flags}
+    if RECIPES.get(recipe.name) is not recipe: program = f"# a recipe of one's own, from Python: {program}"
+    return program + ' ' + shlex.join(str(a) for k, v in flags.items() if v is not None for a in (f'--{k}', v))
 
 # %% ../nbs/training/11_compare.ipynb #53712d85
 def compare(
@@ -233,7 +235,7 @@ def compare(
     if seeds < 1: raise ValueError(f'seeds must be 1 or more, got {seeds}')
     if ledger is not None and (not ledger or Path(ledger).name != ledger): raise ValueError(f'ledger is a plain name, got {ledger!r}')
     chosen = _chosen(find_recipe(recipe), methods)
-    command = _command('kdnotes_compare', recipe=find_recipe(recipe).name, out=out, data_root=data_root, methods=None if methods is None else ','.join(chosen[1:]),
+    command = _command('kdnotes_compare', find_recipe(recipe), out=out, data_root=data_root, methods=None if methods is None else ','.join(chosen[1:]),
                        seeds=seeds, max_steps=max_steps, ledger=ledger)
     recipe, out, splits = _prepare(recipe, out, data_root, max_steps)
     say = print if progress else (lambda *a, **k: None)
@@ -267,7 +269,7 @@ def train(
     method = method if method is not None else next((m for m in full.methods if m != 'none'), 'none')
     if method not in full.methods: raise ValueError(f'recipe {full.name!r} has no method {method!r}: choose from {list(full.methods)}')
     if (Path(out) / 'settings.json').exists() and not resume: raise FileExistsError(f'{out} holds a run already: resume goes on with it, another folder starts anew')
-    command = _command('kdnotes_train', recipe=full.name, method=method, data_root=data_root, out=out, seed=seed, max_steps=max_steps)
+    command = _command('kdnotes_train', full, method=method, data_root=data_root, out=out, seed=seed, max_steps=max_steps)
     recipe, out, splits = _prepare(full, out, data_root, max_steps)
     teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress)
     run = student_of(recipe, method, seed, teacher, splits, out / 'runs' / f'{method}-{seed}', progress=progress)

@@ -57,7 +57,7 @@ class Distiller(nn.Module):
         self.terms = [t for t in terms if t.weight]
         self.losses = nn.ModuleDict({t.name: t.loss for t in self.terms if isinstance(t.loss, nn.Module)})
         self.adapters, self.prepared, self._last = nn.ModuleDict(), False, {}
-        if teacher is not None: teacher.requires_grad_(False)
+        if teacher is not None: teacher.requires_grad_(False).zero_grad()
         for side, model in enumerate((student, teacher)):
             for t in self.terms:
                 if t.places[side] != 'logits': find_module(model, t.places[side])       # a wrong path fails here, not in step one
