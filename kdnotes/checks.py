@@ -15,10 +15,11 @@ from torch import Tensor
 
 # %% ../nbs/00_checks.ipynb #729ff91a
 def _tensors(a, b):
-    "Both as tensors; a plain number takes the dtype of the tensor it stands beside."
+    "Both as tensors; a plain number takes the dtype of the tensor it stands beside, float64 without one."
     like = next((o for o in (a, b) if isinstance(o, Tensor)), None)
-    dtype = like.dtype if like is not None else None
-    device = like.device if like is not None else None
+    for o in (a, b):
+        assert not (isinstance(o, float) and like is not None and not like.is_floating_point()), f'a float, {o!r}, beside {like.dtype}'
+    dtype, device = (torch.float64, None) if like is None else (like.dtype, like.device)
     return tuple(o.detach() if isinstance(o, Tensor) else torch.as_tensor(o, dtype=dtype, device=device) for o in (a, b))
 
 def _default_rtol(dtype):
@@ -37,9 +38,8 @@ def same(
     assert a.dtype == b.dtype, f'dtypes differ: {a.dtype} and {b.dtype}'
     assert a.isfinite().all() and b.isfinite().all(), 'not finite: NaN or infinity on one side'
     tol = _default_rtol(a.dtype) if rtol is None else rtol
-    wide = torch.float64 if a.dtype != torch.complex128 else a.dtype
-    gap, size = (a.to(wide) - b.to(wide)).abs(), b.to(wide).abs()
-    bad = gap > tol * size
+    exact = not a.is_floating_point()
+    bad = a != b if exact else (a.double() - b.double()).abs() > tol * b.double().abs()
     if bad.any():
         i = tuple(bad.nonzero()[0].tolist())
         raise AssertionError(f'{int(bad.sum())} of {bad.numel()} values differ by more than rtol={tol:g}; '
@@ -142,6 +142,7 @@ def kill(
     if checks is None:
         def fails(mutant): mutant()
         checks = [fails]
+    elif original is None: raise ValueError('checks without the original prove nothing: one that always fails would kill every mutant')
     for check in checks if original is not None else []:
         why = _verdict(check, original)
         assert why is None, f'the original fails {check.__name__}: {why}'

@@ -7,17 +7,19 @@ __all__ = ['write_json', 'open_folder', 'circumstances', 'teacher_of', 'student_
            'compare_cli', 'train_cli']
 
 # %% ../nbs/training/11_compare.ipynb #9cb5bcae
-import argparse, copy, hashlib, json, platform, shlex, subprocess, sys
+import argparse, copy, hashlib, json, os, platform, shlex, subprocess, sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from accelerate import PartialState
 from torch import nn
 
 import kdnotes
-from .distiller import Distiller, Term
+from .data.datasets import Augmented
+from .distiller import Distiller
 from .loop import evaluate, fit
 from .metrics import summarise
 from .networks import atomic_write, count, load_weights, save_weights
@@ -54,7 +56,7 @@ def open_folder(
         found = json.loads(file.read_text(encoding='utf-8'))
         lines = _differences(found, json.loads(json.dumps(settings)))
         if lines: raise ValueError(f'{out} holds a run with other settings: {"; ".join(lines[:5])}. Choose another folder, or the same settings')
-    elif out.exists() and any(out.iterdir()): raise ValueError(f'{out} is not empty and holds no comparison: choose another folder')
+    elif out.exists() and any(not p.name.startswith('.') for p in out.iterdir()): raise ValueError(f'{out} is not empty and holds no comparison: choose another folder')
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
@@ -72,11 +74,20 @@ def circumstances() -> dict:
     try: commit = git('rev-parse', 'HEAD') if git('ls-files', '--error-unmatch', '__init__.py') else None
     except OSError: commit = None                                                      # no git on this machine
     if commit and git('status', '--porcelain', '--untracked-files=no'): commit += '+changes'
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({torch.get_num_threads()} threads)'
+    kind = PartialState().device.type
+    device = torch.cuda.get_device_name() if kind == 'cuda' else f'cpu ({torch.get_num_threads()} threads)' if kind == 'cpu' else kind
     packages = ('kdnotes', 'torch', 'torchvision', 'timm', 'torchmetrics', 'accelerate', 'numpy')
     return {'device': device, 'versions': {'python': platform.python_version(), **{p: of(p) for p in packages}}, 'commit': commit}
 
 # %% ../nbs/training/11_compare.ipynb #ebf6de68
+def _together(records):
+    "The circumstances of several records as one: common values, or all of them joined by ' and '."
+    join = lambda values: ' and '.join(dict.fromkeys(str(v) for v in values if v is not None)) or None
+    found = [r['circumstances'] for r in records]
+    return {'device': join(c['device'] for c in found), 'versions': {k: join(c['versions'].get(k) for c in found) for k in found[0]['versions']},
+            'commit': join(c['commit'] for c in found)}
+
+# %% ../nbs/training/11_compare.ipynb #f9ce66b3
 def _record(folder):
     "The record of a finished run in this folder, or None."
     file = Path(folder) / 'record.json'
@@ -90,16 +101,35 @@ def _trained(folder, distiller, splits_train, valid, budget, seed, progress):
     history = fit(distiller, splits_train, valid, budget=budget, seed=seed, out=folder, resume=True, progress=progress)
     metrics = {k: v for k, v in history.metrics[-1].items() if k != 'step'}
     save_weights(distiller.student, folder / 'weights.safetensors')
-    record = {'metrics': metrics, 'seconds': round(history.seconds, 2), 'steps': history.steps, 'scores': history.metrics, 'plan': history.plan}
+    record = {'metrics': metrics, 'seconds': round(history.seconds, 2), 'steps': history.steps, 'scores': history.metrics, 'plan': history.plan,
+              'circumstances': circumstances()}
     write_json(folder / 'record.json', record)
     (folder / 'checkpoint.pt').unlink(missing_ok=True)
     return record
 
-# %% ../nbs/training/11_compare.ipynb #f9ce66b3
-def _splits(recipe, root):
-    data = recipe.data if isinstance(recipe.data, Splits) else recipe.data(root)
-    return data if data.teacher_train is not None else data._replace(teacher_train=data.train)
+# %% ../nbs/training/11_compare.ipynb #319eaeaf
+def _raw(dataset):
+    "The samples below the augmentation."
+    return dataset.dataset if isinstance(dataset, Augmented) else dataset
 
+def _splits(recipe, root):
+    "The recipe's data; ValueError for an empty part, or for scores on the training images."
+    data = recipe.data if isinstance(recipe.data, Splits) else recipe.data(root)
+    if data.teacher_train is None: data = data._replace(teacher_train=data.train)
+    for name, part in data._asdict().items():
+        if part is None or len(part) == 0: raise ValueError(f'recipe {recipe.name!r}: the data {name!r} is missing or empty')
+    if any(_raw(part) is _raw(data.valid) for part in (data.train, data.teacher_train)):
+        raise ValueError(f'recipe {recipe.name!r}: the same data set to train on and to score on')
+    return data
+
+def _data_print(part):
+    "What a data set is, for recognition: its size, its transform, and a hash of its first, middle and last sample."
+    raw, digest = _raw(part), hashlib.sha256()
+    for i in sorted({0, len(raw) // 2, len(raw) - 1}):
+        for key, value in sorted(raw[i].items()): digest.update(key.encode() + torch.as_tensor(value).contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {'samples': len(raw), 'transform': describe(part.transform) if isinstance(part, Augmented) else None, 'sha256': digest.hexdigest()}
+
+# %% ../nbs/training/11_compare.ipynb #b859c219
 def _capped(budget, max_steps):
     if budget is None or max_steps is None: return budget
     if max_steps < 1: raise ValueError(f'max_steps must be 1 or more, got {max_steps}')
@@ -121,11 +151,12 @@ def teacher_of(
         return net, record
     if recipe.teacher_weights is not None: load_weights(net, recipe.teacher_weights)
     if (record := _record(folder)) is None:
-        record = {'metrics': evaluate(net, recipe.task, splits.valid, batch_size=recipe.budget.eval_batch, progress=progress), 'seconds': 0., 'steps': [], 'scores': []}
+        net.to(PartialState().device)
+        record = {'circumstances': circumstances(), 'metrics': evaluate(net, recipe.task, splits.valid, batch_size=recipe.budget.eval_batch, progress=progress), 'seconds': 0., 'steps': [], 'scores': []}
         Path(folder).mkdir(parents=True, exist_ok=True); write_json(Path(folder) / 'record.json', record)
     return net, record
 
-# %% ../nbs/training/11_compare.ipynb #319eaeaf
+# %% ../nbs/training/11_compare.ipynb #f2097bc9
 def student_of(
     recipe: Recipe,              # says how it is built and trained
     method: str,                 # a key of `recipe.methods`
@@ -135,14 +166,13 @@ def student_of(
     folder,                      # where it is kept
     *,
     progress: bool = True,       # show bars
-) -> dict:                       # the run: method, seed, metrics, seconds
+) -> dict:                       # its record: metrics, seconds, steps, circumstances
     "Train and score one student; finished work is read, not repeated."
     torch.manual_seed(seed)                                  # the same start for every method of a seed
     distiller = Distiller(recipe.student(), teacher, recipe.task, copy.deepcopy(recipe.methods[method]))
-    record = _trained(folder, distiller, splits.train, splits.valid, recipe.budget, seed, progress)
-    return {'method': method, 'seed': seed, 'metrics': record['metrics'], 'seconds': record['seconds']}
+    return _trained(folder, distiller, splits.train, splits.valid, recipe.budget, seed, progress)
 
-# %% ../nbs/training/11_compare.ipynb #f2097bc9
+# %% ../nbs/training/11_compare.ipynb #090552f7
 @torch.no_grad()
 def _predictions(net, task, dataset, indices):
     "Predictions of `net` for some samples, on the CPU."
@@ -158,8 +188,8 @@ def _pictures(recipe, splits, teacher, methods, out):
     "Side-by-side predictions (when the raw images can be had) and training curves, as figures by title."
 
     n, figures = len(splits.valid), {}
-    raw, some = getattr(splits.valid, 'dataset', None), sorted({0, n // 2, n - 1})
-    if raw is not None and hasattr(recipe.task, 'picture'):
+    raw, some = _raw(splits.valid), sorted({0, n // 2, n - 1})
+    if isinstance(splits.valid, Augmented) and hasattr(recipe.task, 'picture'):
         columns = {'teacher': _predictions(teacher, recipe.task, splits.valid, some)}
         for method in methods:
             net = recipe.student(); load_weights(net, out / 'runs' / f'{method}-0' / 'weights.safetensors')
@@ -189,28 +219,23 @@ def find_recipe(
     if recipe in RECIPES: return RECIPES[recipe]
     raise ValueError(f'no recipe {recipe!r}: choose from {sorted(RECIPES)}')
 
-# %% ../nbs/training/11_compare.ipynb #85280bc8
-def _fingerprint(recipe):
-    "A hash of the weights of a teacher that is given or loaded: other weights are another comparison."
-    digest = hashlib.sha256()
-    if isinstance(recipe.teacher, nn.Module):
-        for v in recipe.teacher.state_dict().values(): digest.update(v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    elif recipe.teacher_weights is not None: digest.update(Path(recipe.teacher_weights).read_bytes())
-    else: return None
-    return digest.hexdigest()
-
-def _prepare(recipe, out, data_root, max_steps):
+# %% ../nbs/training/11_compare.ipynb #941a4c6c
+def _prepare(recipe, out, data_root, max_steps, **kind):
     "Recipe with capped budgets, its folder, its data: what comparing and training share."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError('comparisons run in one process; several are for your own script around `fit`')
     recipe = find_recipe(recipe)
     recipe = replace(recipe, budget=_capped(recipe.budget, max_steps), teacher_budget=_capped(recipe.teacher_budget, max_steps))
     splits = _splits(recipe, data_root)                      # before the folder: wrong data leaves nothing behind
-    return recipe, open_folder(out, {'recipe': describe(recipe), 'teacher_weights': _fingerprint(recipe), 'max_steps': max_steps}), splits
+    loaded = hashlib.sha256(Path(recipe.teacher_weights).read_bytes()).hexdigest() if recipe.teacher_weights is not None else None
+    settings = {**kind, 'recipe': describe(recipe), 'teacher_weights': loaded, 'max_steps': max_steps, 'data': {k: _data_print(v) for k, v in splits._asdict().items()}}
+    return recipe, open_folder(out, settings), splits
 
-def _results(recipe, teacher, record, runs, command):
-    "The results dictionary: one format for comparisons, single runs and the ledger."
+def _results(recipe, teacher, record, records, command):
+    "The results dictionary from the teacher's record and the students' by (method, seed): one format for comparisons, single runs and the ledger."
     network = lambda net: dict(zip(('params', 'flops'), count(net, recipe.size)))
-    return {'recipe': recipe.name, 'metric': recipe.task.metric, 'higher_is_better': recipe.task.higher_is_better, **circumstances(), 'command': command,
-            'teacher': {**network(teacher), 'metrics': record['metrics']}, 'student': network(recipe.student()),
+    runs = [{'method': method, 'seed': seed, 'metrics': r['metrics'], 'seconds': r['seconds']} for (method, seed), r in records.items()]
+    return {'recipe': recipe.name, 'metric': recipe.task.metric, 'higher_is_better': recipe.task.higher_is_better, **_together([record, *records.values()]),
+            'command': command, 'teacher': {**network(teacher), 'metrics': record['metrics']}, 'student': network(recipe.student()),
             'runs': runs, 'summary': summarise(runs, recipe.task.metric)}
 
 def _command(program, recipe, **flags):
@@ -219,7 +244,7 @@ def _command(program, recipe, **flags):
     if RECIPES.get(recipe.name) is not recipe: program = f"# a recipe of one's own, from Python: {program}"
     return program + ' ' + shlex.join(str(a) for k, v in flags.items() if v is not None for a in (f'--{k}', v))
 
-# %% ../nbs/training/11_compare.ipynb #53712d85
+# %% ../nbs/training/11_compare.ipynb #39487da5
 def compare(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of the comparison: new, or one to continue
@@ -237,22 +262,22 @@ def compare(
     chosen = _chosen(find_recipe(recipe), methods)
     command = _command('kdnotes_compare', find_recipe(recipe), out=out, data_root=data_root, methods=None if methods is None else ','.join(chosen[1:]),
                        seeds=seeds, max_steps=max_steps, ledger=ledger)
-    recipe, out, splits = _prepare(recipe, out, data_root, max_steps)
+    recipe, out, splits = _prepare(recipe, out, data_root, max_steps, kind='compare')
     say = print if progress else (lambda *a, **k: None)
     teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress)
-    metric, runs = recipe.task.metric, []
+    metric, records = recipe.task.metric, {}
     say(f"teacher: {metric} {record['metrics'][metric]:.4f}", flush=True)
     for seed in range(seeds):
         for method in chosen:
-            runs.append(student_of(recipe, method, seed, teacher, splits, out / 'runs' / f'{method}-{seed}', progress=progress))
-            say(f"seed {seed}, {method}: {metric} {runs[-1]['metrics'][metric]:.4f}", flush=True)
-    results = _results(recipe, teacher, record, runs, command)
+            records[method, seed] = done = student_of(recipe, method, seed, teacher, splits, out / 'runs' / f'{method}-{seed}', progress=progress)
+            say(f"seed {seed}, {method}: {metric} {done['metrics'][metric]:.4f}", flush=True)
+    results = _results(recipe, teacher, record, records, command)
     write_json(out / 'results.json', results)
     write_report(results, out / 'report.html', pictures=_pictures(recipe, splits, teacher, chosen, out), settings=describe(recipe))
     if ledger is not None: write_json(Path('data') / 'ledger' / f'{ledger}.json', results)
     return results
 
-# %% ../nbs/training/11_compare.ipynb #941a4c6c
+# %% ../nbs/training/11_compare.ipynb #50aa61e6
 def train(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of the run
@@ -270,10 +295,10 @@ def train(
     if method not in full.methods: raise ValueError(f'recipe {full.name!r} has no method {method!r}: choose from {list(full.methods)}')
     if (Path(out) / 'settings.json').exists() and not resume: raise FileExistsError(f'{out} holds a run already: resume goes on with it, another folder starts anew')
     command = _command('kdnotes_train', full, method=method, data_root=data_root, out=out, seed=seed, max_steps=max_steps)
-    recipe, out, splits = _prepare(full, out, data_root, max_steps)
+    recipe, out, splits = _prepare(full, out, data_root, max_steps, kind='train', method=method, seed=seed)
     teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress)
-    run = student_of(recipe, method, seed, teacher, splits, out / 'runs' / f'{method}-{seed}', progress=progress)
-    results = _results(recipe, teacher, record, [run], command)
+    done = student_of(recipe, method, seed, teacher, splits, out / 'runs' / f'{method}-{seed}', progress=progress)
+    results = _results(recipe, teacher, record, {(method, seed): done}, command)
     write_json(out / 'results.json', results)
     return results
 

@@ -6,7 +6,7 @@
 __all__ = ['Budget', 'make_optimizer', 'History', 'evaluate', 'keyed', 'step_seed', 'fit', 'train_supervised']
 
 # %% ../nbs/training/05_loop.ipynb #82c921c8
-import copy, os, signal, threading, time
+import copy, signal, threading, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast, send_to_device
 from torch import nn
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from .data.datasets import Augmented, eval_loader, train_loader
@@ -42,7 +44,10 @@ class Budget:
     eval_batch: int = 1           # images at a time when scoring
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1 or self.accumulation < 1: raise ValueError(f'steps, batch_size and accumulation are 1 or more: {self}')
+        for name, least in (('steps', 1), ('batch_size', 1), ('accumulation', 1), ('eval_batch', 1), ('warmup', 0), ('workers', 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least: raise ValueError(f'{name} is a whole number, {least} or more; got {value!r}')
+        if not (0 < self.lr < float('inf') and self.weight_decay >= 0 and self.power >= 0): raise ValueError(f'lr > 0, weight_decay >= 0 and power >= 0, got {self}')
         if self.batch_size % self.accumulation: raise ValueError(f'batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches')
         if self.optimizer not in ('sgd', 'adamw'): raise ValueError(f"optimizer is 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.precision not in ('no', 'bf16', 'fp16'): raise ValueError(f"precision is 'no', 'bf16' or 'fp16', got {self.precision!r}")
@@ -93,7 +98,7 @@ def evaluate(
     model.eval(); scores.to(device)
     loader = eval_loader(dataset, batch_size=batch_size, rank=rank, world=world, workers=workers)
     for batch in tqdm(loader, desc='scoring', disable=not progress, leave=False):
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = send_to_device(batch, device)
         task.score(scores, model(batch['image']), batch)
     model.train(was_training)
     return task.results(scores)
@@ -118,7 +123,8 @@ class _Checkpoint:
         "(steps done, history) of the file, put back into place; None if there is none."
         if self.path is None or not self.path.exists(): return None
         if not resume: raise FileExistsError(f'{self.path} exists: resume=True goes on with it, another folder starts anew')
-        state = torch.load(self.path, map_location='cpu', weights_only=True)
+        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
+        except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of this package: {type(e).__name__}: {str(e).splitlines()[0]}') from e
         differ = {k: (state['about'].get(k), v) for k, v in self.about.items() if state['about'].get(k) != v and k not in ('workers', 'eval_batch')}
         if differ: raise ValueError(f'{self.path} belongs to another run: ' + ', '.join(f'{k} was {a!r}, is now {b!r}' for k, (a, b) in differ.items()))
         self.distiller.load_state(state['distiller']); self.optimizer.load_state_dict(state['optimizer'])
@@ -128,13 +134,18 @@ class _Checkpoint:
 # %% ../nbs/training/05_loop.ipynb #5e843678
 class _Interrupt:
     "Turns the first SIGINT or SIGTERM into a flag that the loop asks for; the second one gets through."
-    def __init__(self): self.asked, self._old = False, {}
+    def __init__(self, accelerator): self.accelerator, self.noted, self._old = accelerator, False, {}
+    def asked(self):
+        "Did anybody press Ctrl-C? With several processes, in any of them."
+        if self.accelerator.num_processes == 1: return self.noted
+        if self.noted: self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():            # handlers can be set nowhere else
             for sig in (signal.SIGINT, signal.SIGTERM): self._old[sig] = signal.signal(sig, self._note)
         return self
     def _note(self, sig, frame):
-        self.asked = True
+        self.noted = True
         self._restore()
     def _restore(self):
         while self._old: signal.signal(*self._old.popitem())
@@ -168,7 +179,7 @@ def _one_step(accelerator, model, distiller, optimizer, batches, budget):
     optimizer.zero_grad()
     logged = {}
     for i, batch in enumerate(batches):
-        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+        batch = send_to_device(batch, accelerator.device)
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(model):     # processes talk once per step
             parts = model(batch)
             accelerator.backward(parts['loss'] / len(batches))
@@ -179,18 +190,84 @@ def _one_step(accelerator, model, distiller, optimizer, batches, budget):
     return logged
 
 # %% ../nbs/training/05_loop.ipynb #942ac209
-def _log(history, step, lr, parts):
-    "Add a row to the history; FloatingPointError if a part of the loss is NaN or infinite."
-    row = {k: float(v) for k, v in parts.items()}
-    bad = [k for k, v in row.items() if not np.isfinite(v)]
-    if bad: raise FloatingPointError(f'step {step}: {bad} not finite in {row}; the last checkpoint, if any, is untouched')
-    history.steps.append({'step': step, 'lr': lr, **row})
+class _Book:
+    "The book-keeping of a run: rows and scores in the history, finite losses, checkpoints."
+    def __init__(self, history, checkpoint, budget, score, scores_at):
+        self.history, self.checkpoint, self.budget, self.score, self.scores_at = history, checkpoint, budget, score, scores_at
+        self.finite, self.saved = True, time.monotonic()
 
-def _postfix(history, task):
-    "What the progress bar says behind the time left: the loss, and the last score."
-    return {'loss': f"{history.steps[-1]['loss']:.3f}", **({task.metric: f'{history.metrics[-1][task.metric]:.3f}'} if history.metrics else {})}
+    def step(self, step, parts, seconds):
+        "Note a step; a row for every hundredth of the run and for its end."
+        self.history.seconds += seconds
+        self.finite, self.parts = parts['loss'].isfinite() & self.finite, parts         # stays on the device: no waiting for it
+        if step % max(1, self.budget.steps // 100) == 0 or step + 1 == self.budget.steps:
+            self.history.steps.append({'step': step, 'lr': self.budget.rate(step), **self.check(step)})
+
+    def check(self, step):
+        "The parts of the loss as numbers; FloatingPointError if a loss was NaN or infinite since the last check."
+        values = {k: float(v) for k, v in self.parts.items()}
+        bad = [k for k, v in values.items() if not np.isfinite(v)] or ([] if bool(self.finite) else ['a loss before this step'])
+        if bad: raise FloatingPointError(f'step {step}: {bad} not finite in {values}; no checkpoint was written since it happened')
+        return values
+
+    def save(self, done):
+        if done: self.check(done - 1)
+        self.checkpoint.save(done, self.history); self.saved = time.monotonic()
+
+    def scoring(self, done):
+        "Score and save if that is due after `done` steps and has not been done."
+        if done in self.scores_at and not any(m['step'] == done for m in self.history.metrics):
+            self.history.metrics.append({'step': done, **self.score()}); self.checkpoint.save(done, self.history)
+
+    def postfix(self, metric):
+        "What the progress bar says behind the time left: the loss, and the last score."
+        rows, scores = self.history.steps, self.history.metrics
+        return {**({'loss': f"{rows[-1]['loss']:.3f}"} if rows else {}), **({metric: f'{scores[-1][metric]:.3f}'} if scores else {})}
 
 # %% ../nbs/training/05_loop.ipynb #e089e355
+def _agree(distiller, accelerator):
+    "Let all processes hold the student's buffers of the first."
+    if accelerator.num_processes > 1:
+        for buffer in distiller.student.buffers(): broadcast(buffer)
+
+def _due(accelerator, done, save_every, book):
+    "Is it time for a checkpoint? By steps if asked; else every thirty seconds (several processes must agree: every 200 steps)."
+    if save_every or accelerator.num_processes > 1: return done % (save_every or 200) == 0
+    return time.monotonic() - book.saved > 30
+
+# %% ../nbs/training/05_loop.ipynb #e5b4ecc3
+def _fit(accelerator, distiller, data, valid, budget, seed, out, resume, save_every, eval_every, progress):
+    "The loop itself; `fit` says what the arguments are."
+    rank, world, splits = accelerator.process_index, accelerator.num_processes, budget.accumulation
+    distiller.to(accelerator.device)
+    plan = distiller.prepare(send_to_device(default_collate([data[0, 0]]), accelerator.device), data=data, seed=seed)
+    model, optimizer = accelerator.prepare(distiller, make_optimizer(distiller.trainable(), budget))
+    about = {'seed': seed, 'samples': len(data), 'method': distiller.method(), **asdict(budget)}
+    checkpoint = _Checkpoint(out, about, distiller, optimizer, accelerator)
+    start, history = checkpoint.load(resume) or (0, History(plan=plan))
+    batches = iter(train_loader(data, budget.batch_size // splits, steps=budget.steps * splits, start=start * splits, seed=seed,
+                                rank=rank, world=world, workers=budget.workers))
+    score = lambda: evaluate(distiller.student, distiller.task, valid, batch_size=budget.eval_batch, workers=budget.workers, accelerator=accelerator)
+    scores_at = {budget.steps, *(range(eval_every, budget.steps, eval_every) if eval_every else ())} if valid is not None else set()
+    book = _Book(history, checkpoint, budget, score, scores_at)
+    bar = tqdm(total=budget.steps, initial=start, desc='training', leave=False, disable=not (progress and accelerator.is_main_process))
+    with _Interrupt(accelerator) as interrupt, bar:
+        book.scoring(start)                                                              # if the run broke off between training and scoring
+        for step in range(start, budget.steps):
+            began, done = time.perf_counter(), step + 1
+            for group in optimizer.param_groups: group['lr'] = budget.rate(step)
+            torch.manual_seed(step_seed(seed, step, rank))                               # dropout and the like
+            parts = _one_step(accelerator, model, distiller, optimizer, list(islice(batches, splits)), budget)
+            book.step(step, parts, time.perf_counter() - began)
+            bar.set_postfix(book.postfix(distiller.task.metric), refresh=False); bar.update()
+            stop = interrupt.asked()
+            if stop or done in scores_at or done == budget.steps or _due(accelerator, done, save_every, book): _agree(distiller, accelerator); book.save(done)
+            if stop: raise KeyboardInterrupt(f'stopped after step {done} of {budget.steps}' + (', saved' if out else ''))
+            book.scoring(done)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)                             # or the next run would inherit this one's precision
+    return history
+
+# %% ../nbs/training/05_loop.ipynb #6427ee4a
 def fit(
     distiller: Distiller,               # student, teacher, task, terms
     train,                              # data set: an `Augmented`, or ready samples by index
@@ -200,36 +277,20 @@ def fit(
     seed: int = 0,                      # of batches, augmentation, dropout and adapters (the student's start is the caller's)
     out=None,                           # folder for the checkpoint; None: no checkpoints
     resume: bool = False,               # go on from the checkpoint in `out`, if there is one
-    save_every: int = 200,              # steps between checkpoints
+    save_every: int | None = None,      # steps between checkpoints; None: every thirty seconds
     eval_every: int = 0,                # steps between scorings; 0: at the end only
     progress: bool = True,              # show a bar with loss, score and time left
 ) -> History:
-    "Train the student of a distiller: the one loop of this package. Errors and interruption: see the notebook."
-    accelerator, data, splits = _accelerator(budget), keyed(train, seed), budget.accumulation
-    distiller.to(accelerator.device)
-    example = {k: torch.as_tensor(v)[None].to(accelerator.device) for k, v in data[0, 0].items()}
-    history = History(plan=distiller.prepare(example, data=train, seed=seed))
-    model, optimizer = accelerator.prepare(distiller, make_optimizer(distiller.trainable(), budget))
-    checkpoint = _Checkpoint(out, {'seed': seed, **asdict(budget)}, distiller, optimizer, accelerator)
-    start, history = checkpoint.load(resume) or (0, history)
-    batches = iter(train_loader(data, budget.batch_size // splits, steps=budget.steps * splits, start=start * splits, seed=seed,
-                                rank=accelerator.process_index, world=accelerator.num_processes, workers=budget.workers))
-    bar = tqdm(total=budget.steps, initial=start, desc='training', leave=False, disable=not (progress and accelerator.is_main_process))
-    with _Interrupt() as interrupt, bar:
-        for step in range(start, budget.steps):
-            began, done = time.perf_counter(), step + 1
-            for group in optimizer.param_groups: group['lr'] = budget.rate(step)
-            torch.manual_seed(step_seed(seed, step, accelerator.process_index))          # dropout and the like
-            parts = _one_step(accelerator, model, distiller, optimizer, list(islice(batches, splits)), budget)
-            if step % max(1, budget.steps // 100) == 0 or done == budget.steps: _log(history, step, budget.rate(step), parts)
-            history.seconds += time.perf_counter() - began
-            scoring = valid is not None and (done == budget.steps or (eval_every and done % eval_every == 0))
-            if scoring: history.metrics.append({'step': done, **evaluate(distiller.student, distiller.task, valid, accelerator=accelerator,
-                                                                         batch_size=budget.eval_batch, workers=budget.workers)})
-            bar.set_postfix(_postfix(history, distiller.task), refresh=False); bar.update()
-            if scoring or interrupt.asked or done % save_every == 0 or done == budget.steps: checkpoint.save(done, history)
-            if interrupt.asked: raise KeyboardInterrupt(f'stopped after step {done} of {budget.steps}' + (', saved' if out else ''))
-    return history
+    """Train the student of a distiller: the one loop of this package.
+
+    Ctrl-C finishes the step, saves to `out` and raises KeyboardInterrupt; with `resume=True` the run then ends with the weights of one never interrupted.
+    FileExistsError if `out` holds a checkpoint and `resume` is False; ValueError if it belongs to another run, or for an empty data set;
+    FloatingPointError, naming step and part, when a loss is not finite."""
+    for name, data in (('train', train), ('valid', valid)):
+        if data is not None and len(data) == 0: raise ValueError(f'the data set `{name}` is empty')
+    accelerator = _accelerator(budget)
+    with torch.random.fork_rng():
+        return _fit(accelerator, distiller, keyed(train, seed), valid, budget, seed, out, resume, save_every, eval_every, progress)
 
 # %% ../nbs/training/05_loop.ipynb #651fdbbd
 def train_supervised(

@@ -7,8 +7,8 @@ __all__ = ['SCENES_MEAN', 'SCENES_STD', 'TUNE_SEED', 'RECIPES', 'Splits', 'Recip
            'camvid_data', 'camvid_recipe', 'cityscapes_data', 'cityscapes_recipe', 'Lesson', 'lesson']
 
 # %% ../nbs/training/09_recipes.ipynb #92f65fe5
-import re
-from dataclasses import dataclass, fields, is_dataclass, replace
+import hashlib, re
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -52,6 +52,10 @@ class Recipe:
     def __post_init__(self):
         if self.teacher_budget is not None and self.teacher_weights is not None:
             raise ValueError(f'recipe {self.name!r}: the teacher is either trained (`teacher_budget`) or loaded (`teacher_weights`), not both')
+        if isinstance(self.teacher, nn.Module) and (self.teacher_budget is not None or self.teacher_weights is not None):
+            raise ValueError(f'recipe {self.name!r}: a teacher that is a network is used as it is; to train or load one, give a function that builds it')
+        for method in self.methods:
+            if not re.fullmatch(r'\w[\w .=+-]*', method): raise ValueError(f'recipe {self.name!r}: {method!r} cannot name a method (letters, digits, _ . = + - and spaces)')
         if isinstance(self.student, nn.Module):
             raise ValueError(f'recipe {self.name!r}: `student` is a function that builds the network anew for every run, not a network')
         if self.methods.get('none'): raise ValueError(f"recipe {self.name!r}: the method 'none' is plain training and has no terms")
@@ -60,18 +64,36 @@ class Recipe:
         object.__setattr__(self, 'methods', {'none': [], **self.methods})
 
 # %% ../nbs/training/09_recipes.ipynb #1fdaf539
+def _describe_module(x):
+    "Printed form, plain attributes, and a hash of the weights if it has any."
+    plain = {k: v for k, v in vars(x).items() if isinstance(v, (bool, int, float, str)) and not k.startswith('_') and k != 'training'}
+    weights = b''.join(v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() for v in x.state_dict().values())
+    return {'module': repr(x), **plain, **({'weights': hashlib.sha256(weights).hexdigest()} if weights else {})}
+
+def _describe_function(x):
+    "Its name; for one without a name of its own, what it does as well."
+    name = f'{x.__module__}.{x.__qualname__}'
+    if '<' not in name or not hasattr(x, '__code__'): return name
+    consts = re.sub(r' at 0x[0-9a-f]+', '', repr(x.__code__.co_consts))
+    return f'{name} {hashlib.sha256(x.__code__.co_code + repr((x.__code__.co_names, consts)).encode()).hexdigest()[:12]}'
+
 def describe(
     x,    # a recipe, or a part of one
 ):        # dictionaries, lists, strings, numbers
-    "What `x` is, as something that JSON can hold and that is equal exactly when the settings are."
+    "What `x` is, as something that JSON can hold; equal when the settings are. Data sets are the comparison's business: it looks at their samples."
     if x is None or isinstance(x, (bool, int, float, str)): return x
     if isinstance(x, Path): return str(x)
     if isinstance(x, dict): return {str(k): describe(v) for k, v in x.items()}
+    if isinstance(x, Splits): return 'splits'
     if isinstance(x, (list, tuple)): return [describe(v) for v in x]
     if isinstance(x, partial): return {'call': describe(x.func), 'args': describe(x.args), **describe(x.keywords)}
-    if is_dataclass(x): return {'kind': type(x).__name__, **{f.name: describe(getattr(x, f.name)) for f in fields(x) if f.name != 'about'}}
-    if callable(x) and hasattr(x, '__qualname__'): return f'{x.__module__}.{x.__qualname__}'
+    if is_dataclass(x): return {'kind': type(x).__name__, **{f.name: describe(getattr(x, f.name)) for f in fields(x) if f.name not in _SAME}}
+    if isinstance(x, nn.Module): return _describe_module(x)
+    if callable(x) and hasattr(x, '__qualname__'): return _describe_function(x)
+    if type(x).__repr__ is object.__repr__: return {'kind': type(x).__qualname__, **{k: describe(v) for k, v in vars(x).items() if isinstance(v, (bool, int, float, str))}}
     return re.sub(r' at 0x[0-9a-f]+', '', repr(x))             # an address is not a setting
+
+_SAME = ('about', 'workers', 'eval_batch')                     # parts that change no result
 
 # %% ../nbs/training/09_recipes.ipynb #89c704d8
 SCENES_MEAN, SCENES_STD = (0.407, 0.422, 0.383), (0.196, 0.188, 0.220)     # of 100 scenes, see below
@@ -163,7 +185,7 @@ def lesson(
     *,
     seed: int = 0,     # of the two networks
 ) -> Lesson:
-    "A tiny teacher trained for 25 steps on 16 scenes, and a student that has not started; about two seconds on a CPU."
+    "A tiny teacher trained for 25 steps on 16 scenes, and a student that has not started; seconds on a CPU."
     data = Augmented(InMemory(Scenes(16, first_seed=TRAIN_SEED)), eval_transform(mean=SCENES_MEAN, std=SCENES_STD))
     task = Segmentation(len(CLASSES), classes=CLASSES, palette=tuple(map(tuple, PALETTE.tolist())))
     with torch.random.fork_rng(devices=[]):

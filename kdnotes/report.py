@@ -7,7 +7,6 @@ __all__ = ['figure_html', 'table_html', 'by_class', 'sentences', 'write_report']
 
 # %% ../nbs/training/10_report.ipynb #cb476781
 import base64, html, io
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 

@@ -8,7 +8,7 @@ __all__ = ['find_module', 'Taps']
 # %% ../nbs/training/02_taps.ipynb #60399ce1
 import difflib
 
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../nbs/training/02_taps.ipynb #b3cc5a54
 def find_module(
@@ -16,7 +16,7 @@ def find_module(
     path: str,          # dotted path of a submodule, as in `model.named_modules()`
 ) -> nn.Module:
     "The submodule at `path`; ValueError naming the nearest existing paths if there is none."
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if path in modules and path: return modules[path]
     near = difflib.get_close_matches(path, [m for m in modules if m], n=4, cutoff=.3) or [m for m in modules if m][:4]
     raise ValueError(f'{type(model).__name__} has no module {path!r}; the nearest names are {near}')
@@ -26,7 +26,7 @@ class Taps:
     """Named outputs of inner modules of `model`, collected while the `with` block runs.
 
     `taps[name]` is the output of the module (the same object, with its graph); a module that ran several times in the block gives the list of its
-    outputs in order. KeyError for a name that was not asked for, RuntimeError for a module that has not run.
+    outputs in order. KeyError for a name that was not asked for, RuntimeError for a module that has not run or was overwritten in place.
     Raises ValueError for a path that does not exist."""
     def __init__(self,
                  model: nn.Module,         # any module
@@ -37,8 +37,10 @@ class Taps:
     def __enter__(self):
         self.outputs = {name: [] for name in self.paths}
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(lambda mod, args, output, name=name: self.outputs[name].append(output)))
+            self._handles.append(module.register_forward_hook(lambda mod, args, output, name=name: self._note(name, output)))
         return self
+
+    def _note(self, name, output): self.outputs[name].append((output, output._version if isinstance(output, Tensor) else None))
 
     def __exit__(self, *error):
         while self._handles: self._handles.pop().remove()
@@ -47,4 +49,6 @@ class Taps:
         if name not in self.paths: raise KeyError(f'no tap {name!r}: the taps are {sorted(self.paths)}')
         found = self.outputs.get(name, [])
         if not found: raise RuntimeError(f'{self.paths[name]!r} (tap {name!r}) has not run inside the with block')
-        return found[0] if len(found) == 1 else found
+        if any(version is not None and output._version != version for output, version in found):
+            raise RuntimeError(f'{self.paths[name]!r} (tap {name!r}) was overwritten in place by a later module: tap that one instead')
+        return found[0][0] if len(found) == 1 else [output for output, _ in found]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,7 +45,8 @@ class Segmentation:
                  ignore_index: int = 255,         # label that does not count
                  aux_weight: float = .4):         # of the auxiliary head's cross-entropy
         if num_classes < 2: raise ValueError(f'segmentation needs 2 classes or more, got {num_classes}: a softmax over one class is constant')
-        if classes is not None and len(classes) != num_classes: raise ValueError(f'{len(classes)} names for {num_classes} classes')
+        if classes is not None and len(set(classes)) != num_classes: raise ValueError(f'{len(set(classes))} different names for {num_classes} classes')
+        if 0 <= ignore_index < num_classes: raise ValueError(f'ignore_index {ignore_index} is one of the {num_classes} classes: a class that does not count cannot be scored')
         self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
         self.palette = palette if palette is not None else default_palette(num_classes)
         self.classes = tuple(classes) if classes is not None else tuple(f'class {i}' for i in range(num_classes))
@@ -115,7 +115,7 @@ def results(self: Segmentation,
             ) -> dict:                  # miou, pixel_accuracy, and one 'iou/<class>' each (None for a class that never occurred)
     "The scores as plain numbers, fractions in 0..1."
     found = scores.compute()
-    c = found['confusion'].double()
+    c = found['confusion'].cpu().double()
     union = c.sum(0) + c.sum(1) - c.diag()
     iou = [float(i / u) if u else None for i, u in zip(c.diag(), union)]
     return {'miou': float(found['miou']), 'pixel_accuracy': float(found['pixel_accuracy']),

@@ -10,7 +10,7 @@ __all__ = ['FORMATS', 'SUFFIXES', 'IGNORE', 'CAMVID_CLASSES', 'CAMVID_PALETTE', 
            'Augmented', 'InMemory', 'epoch_order', 'Batches', 'train_loader', 'eval_loader', 'channel_stats']
 
 # %% ../../nbs/data/02_datasets.ipynb #d2361eec
-import os
+import os, signal
 from collections.abc import Callable, Sequence
 from colorsys import hsv_to_rgb
 from functools import lru_cache
@@ -415,7 +415,9 @@ class Batches:
         order = lambda epoch: epoch_order(self.n, self.seed, epoch)
         return [(p // self.n, int(order(p // self.n)[p % self.n])) for p in range(first, first + share)]
 
-# %% ../../nbs/data/02_datasets.ipynb #55aef7f9
+# %% ../../nbs/data/02_datasets.ipynb #a5bce633
+def _leave_ctrl_c_to_the_loop(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 def train_loader(
     dataset: Dataset,  # answers to dataset[epoch, index]: an `Augmented`
     batch_size: int,   # B, over all processes
@@ -432,9 +434,10 @@ def train_loader(
         raise ValueError("train_loader asks for dataset[epoch, index]: "
                          f"give it Augmented(dataset, transform), got {type(dataset).__name__}")
     plan = Batches(len(dataset), batch_size, steps=steps, start=start, seed=seed, rank=rank, world=world)
-    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, generator=torch.Generator())
+    return DataLoader(dataset, batch_sampler=plan, num_workers=workers, generator=torch.Generator(),
+                      worker_init_fn=_leave_ctrl_c_to_the_loop)
 
-# %% ../../nbs/data/02_datasets.ipynb #a5bce633
+# %% ../../nbs/data/02_datasets.ipynb #738c74b1
 def eval_loader(
     dataset: Dataset,     # transformed samples; of one size, or batch_size 1
     *,
@@ -446,7 +449,8 @@ def eval_loader(
     "Every sample exactly once over all processes, in order; rank r takes r, r + world, r + 2 world, ..."
     _check_rank(rank, world)
     mine = range(rank, len(dataset), world)
-    return DataLoader(dataset, batch_size, sampler=mine, num_workers=workers, generator=torch.Generator())
+    return DataLoader(dataset, batch_size, sampler=mine, num_workers=workers, generator=torch.Generator(),
+                      worker_init_fn=_leave_ctrl_c_to_the_loop)
 
 # %% ../../nbs/data/02_datasets.ipynb #ea19e93c
 def channel_stats(
