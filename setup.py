@@ -1,4 +1,5 @@
 "Builds kdnotes from settings.ini, the one place where name, version, requirements and scripts are written."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,12 +10,17 @@ config = ConfigParser(delimiters=['='])
 config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
+# on the package index the README stands alone, so its links and pictures must lead to the repository
+readme = (here/'README.md').read_text(encoding='utf-8')
+readme = re.sub(r'(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)',
+                lambda m: f"{m[1]}[{m[2]}]({cfg['git_url']}/{'raw' if m[1] else 'blob'}/{cfg['branch']}/{m[3]})", readme)
+
 minor = int(cfg['min_python'].split('.')[1])
 setup(
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
-    long_description=(here/'README.md').read_text(encoding='utf-8'),
+    long_description=readme,
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],
