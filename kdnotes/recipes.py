@@ -64,18 +64,20 @@ class Recipe:
         object.__setattr__(self, 'methods', {'none': [], **self.methods})
 
 # %% ../nbs/training/09_recipes.ipynb #1fdaf539
+def _printed(x): return re.sub(r' at 0x[0-9a-f]+', '', repr(x))     # an address is not a setting
+
 def _describe_module(x):
     "Printed form, plain attributes, and a hash of the weights if it has any."
     plain = {k: v for k, v in vars(x).items() if isinstance(v, (bool, int, float, str)) and not k.startswith('_') and k != 'training'}
     weights = b''.join(v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() for v in x.state_dict().values())
-    return {'module': repr(x), **plain, **({'weights': hashlib.sha256(weights).hexdigest()} if weights else {})}
+    return {'module': _printed(x), **plain, **({'weights': hashlib.sha256(weights).hexdigest()} if weights else {})}
 
 def _describe_function(x):
     "Its name; for one without a name of its own, what it does as well."
     name = f'{x.__module__}.{x.__qualname__}'
     if '<' not in name or not hasattr(x, '__code__'): return name
-    consts = re.sub(r' at 0x[0-9a-f]+', '', repr(x.__code__.co_consts))
-    return f'{name} {hashlib.sha256(x.__code__.co_code + repr((x.__code__.co_names, consts)).encode()).hexdigest()[:12]}'
+    code = x.__code__.co_code + repr((x.__code__.co_names, _printed(x.__code__.co_consts))).encode()
+    return f'{name} {hashlib.sha256(code).hexdigest()[:12]}'
 
 def describe(
     x,    # a recipe, or a part of one
@@ -90,8 +92,8 @@ def describe(
     if is_dataclass(x): return {'kind': type(x).__name__, **{f.name: describe(getattr(x, f.name)) for f in fields(x) if f.name not in _SAME}}
     if isinstance(x, nn.Module): return _describe_module(x)
     if callable(x) and hasattr(x, '__qualname__'): return _describe_function(x)
-    if type(x).__repr__ is object.__repr__: return {'kind': type(x).__qualname__, **{k: describe(v) for k, v in vars(x).items() if isinstance(v, (bool, int, float, str))}}
-    return re.sub(r' at 0x[0-9a-f]+', '', repr(x))             # an address is not a setting
+    if type(x).__repr__ is object.__repr__: return {'kind': type(x).__qualname__, **{k: describe(v) for k, v in getattr(x, '__dict__', {}).items() if isinstance(v, (bool, int, float, str))}}
+    return _printed(x)
 
 _SAME = ('about', 'workers', 'eval_batch')                     # parts that change no result
 
