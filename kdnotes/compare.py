@@ -113,7 +113,7 @@ def _raw(dataset):
     return dataset.dataset if isinstance(dataset, Augmented) else dataset
 
 def _splits(recipe, root):
-    "The recipe's data; ValueError for an empty part, or for scores on the training images."
+    "The recipe's data; ValueError for an empty part, or when the very same data set is trained on and scored on."
     data = recipe.data if isinstance(recipe.data, Splits) else recipe.data(root)
     if data.teacher_train is None: data = data._replace(teacher_train=data.train)
     for name, part in data._asdict().items():

@@ -31,7 +31,7 @@ class Budget:
     "How long and how to train: the same for all methods that are compared."
     steps: int                    # optimiser steps
     batch_size: int = 8           # samples of one step, over all processes and micro-batches
-    lr: float = .01               # at the first step (after the warm-up)
+    lr: float = .01               # before decay and warm-up
     optimizer: str = 'sgd'        # 'sgd' or 'adamw'
     momentum: float = .9          # of SGD
     weight_decay: float = 5e-4    # of every parameter
@@ -250,7 +250,7 @@ def _fit(accelerator, distiller, data, valid, budget, seed, out, resume, save_ev
     score = lambda: evaluate(distiller.student, distiller.task, valid, batch_size=budget.eval_batch, workers=budget.workers, accelerator=accelerator)
     scores_at = {budget.steps, *(range(eval_every, budget.steps, eval_every) if eval_every else ())} if valid is not None else set()
     book = _Book(history, checkpoint, budget, score, scores_at)
-    bar = tqdm(total=budget.steps, initial=start, desc='training', leave=False, disable=not (progress and accelerator.is_main_process))
+    bar = tqdm(total=budget.steps, initial=start, desc='training', leave=False, mininterval=.5, disable=not (progress and accelerator.is_main_process))
     with _Interrupt(accelerator) as interrupt, bar:
         book.scoring(start)                                                              # if the run broke off between training and scoring
         for step in range(start, budget.steps):
