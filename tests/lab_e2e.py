@@ -10,7 +10,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 root = Path(__file__).resolve().parents[1]
-default = ['index.ipynb', 'losses/01_divergence.ipynb', 'training/04_distiller.ipynb']
+default = ['index.ipynb', 'losses/01_divergence.ipynb', 'experiments/01_segmentation.ipynb']
 switches = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run', '--disable-background-networking', '--disable-sync', '--disable-component-update']
 
 
