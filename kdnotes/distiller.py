@@ -15,8 +15,19 @@ from torch import Tensor, nn
 
 from .taps import Taps, find_module
 
-# %% ../nbs/training/04_distiller.ipynb #ff761b07
-NEEDS = {'labels': lambda task, batch: task.labels(batch), 'image': lambda task, batch: batch['image']}   # what a loss may ask for
+# %% ../nbs/training/04_distiller.ipynb #6e227ed5
+def _classifiers(distiller):
+    "The layers of student and teacher that turn features into class scores."
+    models = distiller.student, distiller.teacher
+    for model in models:
+        if not callable(getattr(model, 'get_classifier', None)):
+            raise ValueError(f'{type(model).__name__} does not say which layer is its classifier: give it a method '
+                             'get_classifier() that returns the layer from features to class scores')
+    return tuple(model.get_classifier() for model in models)
+
+NEEDS = {'labels':      lambda distiller, batch: (distiller.task.labels(batch),),        # what a loss may ask for
+         'image':       lambda distiller, batch: (batch['image'],),
+         'classifiers': lambda distiller, batch: _classifiers(distiller)}
 _TAKEN = {'loss', 'task', 'step', 'lr', 'keys', 'values', 'items', 'type', 'pop', 'clear', 'update'}      # columns of a history, attributes of torch's dictionaries
 
 @dataclass
@@ -45,7 +56,7 @@ class Term:
     @property
     def places(self): return (self.at, self.at) if isinstance(self.at, str) else self.at
 
-# %% ../nbs/training/04_distiller.ipynb #76fd9c34
+# %% ../nbs/training/04_distiller.ipynb #8bf792a3
 class Distiller(nn.Module):
     "A student, a frozen teacher, a task and weighted terms; calling it on a batch gives the losses of one training step."
     def __init__(self,
@@ -67,6 +78,7 @@ class Distiller(nn.Module):
         for side, model in enumerate((student, teacher)):
             for t in self.terms:
                 if t.places[side] != 'logits': find_module(model, t.places[side])       # a wrong path fails here, not in step one
+        if any('classifiers' in getattr(t.loss, 'needs', ()) for t in self.terms): _classifiers(self)
         self.train()
 
     def train(self, mode=True):
@@ -93,7 +105,7 @@ def listen(self: Distiller,
     with Taps(model, {p: p for p in places if p != 'logits'}) as taps: output = model(image)
     return output, _places(model, output, taps, places, self.task)
 
-# %% ../nbs/training/04_distiller.ipynb #bcaa26dc
+# %% ../nbs/training/04_distiller.ipynb #47883c02
 @patch
 def forward(self: Distiller,
             batch: dict) -> dict:     # of tensors -> 'loss' (weighted total), 'task' and each term's name (unweighted), 0-dim
@@ -107,32 +119,32 @@ def forward(self: Distiller,
     for t in self.terms:
         s, t_ = ours[t.places[0]], theirs[t.places[1]]
         if t.name in self.adapters: s = self.adapters[t.name](s)
-        inputs = (s, t_, *(NEEDS[need](self.task, batch) for need in getattr(t.loss, 'needs', ())))
+        inputs = (s, t_, *(x for need in getattr(t.loss, 'needs', ()) for x in NEEDS[need](self, batch)))
         parts[t.name] = t.loss(*inputs)
         total = total + t.weight * parts[t.name]                                       # (1)
         if hasattr(t.loss, 'update'): self._last[t.name] = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     return {**parts, 'loss': total}
 
-# %% ../nbs/training/04_distiller.ipynb #0a41ffd6
+# %% ../nbs/training/04_distiller.ipynb #5a5f7040
 def _fit_adapter(term, s, t):
     "The module that makes the student's tensor fit the teacher's at this term, or None; ValueError if there is no sane one."
     where = f"{term.name}: student {term.places[0]!r} {tuple(s.shape)} and teacher {term.places[1]!r} {tuple(t.shape)}"
     if isinstance(term.adapter, nn.Module): return term.adapter
     channels_differ = s.dim() != t.dim() or s.shape[1] != t.shape[1]
-    if s.dim() == t.dim() == 4 and s.shape[2:] != t.shape[2:]: raise ValueError(f'{where} differ in map size: choose layers of equal stride')
+    if s.dim() == t.dim() == 4 and s.shape[2:] != t.shape[2:] and not getattr(term.loss, 'any_size', False): raise ValueError(f'{where} differ in map size: choose layers of equal stride')
     if not channels_differ or getattr(term.loss, 'any_channels', False): return None
     if term.adapter is None: raise ValueError(f"{where} differ, and adapter=None")
     if 'logits' in term.places: raise ValueError(f'{where}: logits with different numbers of classes cannot be adapted')
     if s.dim() != 4 or t.dim() != 4: raise ValueError(f"{where}: no adapter known for these dimensions, give a module as `adapter`")
     return nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
 
-# %% ../nbs/training/04_distiller.ipynb #c5a5dd71
+# %% ../nbs/training/04_distiller.ipynb #53b0bf5f
 @patch
 def prepare(self: Distiller,
             batch: dict,                 # one batch, to see the shapes
             *,
-            data=None,                   # the training data, handed to losses that prepare themselves
-            seed: int = 0) -> list:      # of the adapters' initial weights -> lines describing the adapters made
+            data=None,                   # batches to pass over, again and again; handed to losses that prepare themselves
+            seed: int = 0) -> list:      # of the adapters and of what losses prepare -> lines describing the adapters made
     "Build the adapters and let losses prepare themselves; once, before the first step. The global random generator is left as it was."
     if self.prepared or not self.terms: return []
     plan, was_training = [], self.training
@@ -146,11 +158,21 @@ def prepare(self: Distiller,
             if adapter is None: continue
             self.adapters[t.name] = adapter.to(s.device)
             plan.append(f'{t.name}: {type(adapter).__name__} {tuple(s.shape[1:])} -> {tuple(adapter(s).shape[1:])}')
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 2**33)
         for t in self.terms:
-            if hasattr(t.loss, 'prepare'): t.loss.prepare(self.teacher, data)
+            if hasattr(t.loss, 'prepare'): t.loss.prepare(self._teacher_at(t.places[1]), data)
     self.train(was_training); self.prepared = True
     return plan
+
+@patch
+def _teacher_at(self: Distiller, place):
+    "The teacher cut at `place`: a function image -> tensor, without gradient."
+    @torch.no_grad()
+    def at_place(image):
+        with Taps(self.teacher, {place: place} if place != 'logits' else {}) as taps: output = self.teacher(image)
+        return _places(self.teacher, output, taps, [place], self.task)[place]
+    return at_place
 
 # %% ../nbs/training/04_distiller.ipynb #4408899c
 @patch

@@ -13,10 +13,15 @@ import numpy as np
 import torch
 from matplotlib.patches import Polygon
 
-# %% ../nbs/explore/01_explorers.ipynb #a5add954
+# %% ../nbs/explore/01_explorers.ipynb #e18c89f0
 CUTS: dict[str, Callable] = {
     'pixel':   lambda c, i, j: (i, j) == (1, 3),   # all channels of one position
     'channel': lambda c, i, j: c == 1,             # all positions of one channel
+    'pair':    lambda c, i, j: (i, j) in ((0, 4), (2, 1)),              # all channels of two positions
+    'window':  lambda c, i, j: abs(i - 1) <= 1 and abs(j - 3) <= 1,     # a position and its 8 neighbours
+    'class':   lambda c, i, j: i + j > 5,                               # the positions of one class
+    'tile':    lambda c, i, j: i < 2 and j < 3,                         # a quarter of the map
+    'all':     lambda c, i, j: True,                                    # the whole score map
 }
 
 # %% ../nbs/explore/01_explorers.ipynb #c00719d1

@@ -235,12 +235,23 @@ def _due(accelerator, done, save_every, book):
     if save_every or accelerator.num_processes > 1: return done % (save_every or 200) == 0
     return time.monotonic() - book.saved > 30
 
-# %% ../nbs/training/05_loop.ipynb #e5b4ecc3
+# %% ../nbs/training/05_loop.ipynb #8642df74
+class _Passes:
+    "Batches of the training data on the device; every `iter` is the next pass over all samples."
+    def __init__(self, data, budget, seed, device):
+        self.data, self.size, self.workers, self.seed, self.device, self.passes = data, min(budget.batch_size, len(data)), budget.workers, seed, device, 0
+    def __len__(self): return len(self.data) // self.size
+    def __iter__(self):
+        start, self.passes = self.passes * len(self), self.passes + 1
+        loader = train_loader(self.data, self.size, steps=start + len(self), start=start, seed=self.seed, workers=self.workers)
+        return (send_to_device(batch, self.device) for batch in loader)
+
+# %% ../nbs/training/05_loop.ipynb #e692bc43
 def _fit(accelerator, distiller, data, valid, budget, seed, out, resume, save_every, eval_every, progress):
     "The loop itself; `fit` says what the arguments are."
     rank, world, splits = accelerator.process_index, accelerator.num_processes, budget.accumulation
     distiller.to(accelerator.device)
-    plan = distiller.prepare(send_to_device(default_collate([data[0, 0]]), accelerator.device), data=data, seed=seed)
+    plan = distiller.prepare(send_to_device(default_collate([data[0, 0]]), accelerator.device), data=_Passes(data, budget, seed, accelerator.device), seed=seed)
     model, optimizer = accelerator.prepare(distiller, make_optimizer(distiller.trainable(), budget))
     about = {'seed': seed, 'samples': len(data), 'method': distiller.method(), **asdict(budget)}
     checkpoint = _Checkpoint(out, about, distiller, optimizer, accelerator)

@@ -168,7 +168,7 @@ class ASPPHead(FCNHead):
         _refuse_batch_of_one(self, x)
         return super().forward(self.aspp(x))
 
-# %% ../nbs/training/01_networks.ipynb #29b94bb3
+# %% ../nbs/training/01_networks.ipynb #ddd515ec
 class SegmentationNet(nn.Module):
     "image (B,3,H,W) -> {'out': scores (B,C,h,w)}, at the net's own stride; 'aux' beside it in training mode."
     def __init__(self,
@@ -187,6 +187,10 @@ class SegmentationNet(nn.Module):
         scores = {'out': self.head(maps[-1])}
         if self.training and self.aux is not None: scores['aux'] = self.aux(maps[-2])
         return scores
+
+    def get_classifier(self):
+        "The layer from the head's features to class scores, by timm's name for it."
+        return self.head.classifier
 
 # %% ../nbs/training/01_networks.ipynb #d63615e7
 def _net(backbone, head, channels, num_classes, aux, weights):
