@@ -1,5 +1,5 @@
 """The loop where it hurts: killed processes, real signals, two processes, mixed precision."""
-import os, signal, subprocess, sys, time
+import copy, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -188,3 +188,47 @@ def test_bf16_and_clip_and_adamw_run():
     history = fit(Distiller(room.student, room.teacher, room.task, [Term(ChannelWise(), 'logits', 3.)]), room.data, budget=budget, progress=False)
     assert len(history.steps) == 3
     fit(Distiller(lesson().student, None, room.task, []), room.data, budget=Budget(steps=1, batch_size=4), progress=False)      # back to full precision
+
+
+class Stop(Exception): pass
+
+
+@pytest.fixture(scope='module')
+def classroom(): return lesson()
+
+
+def living(name):
+    "A term with parts of its own: a critic, an auto-encoder and adapters, the two classifiers, labels."
+    from kdnotes.losses.global_local import GlobalLocal
+    from kdnotes.losses.holistic import Critic, Holistic
+    from kdnotes.losses.intra_class_variation import IntraClassVariation
+    from kdnotes.losses.knowledge_adaptation import KnowledgeAdaptation
+    feature = 'head.bottleneck'
+    return {'holistic': lambda: Term(Holistic(Critic(8, width=8)), 'logits', .01),
+            'knowledge_adaptation': lambda: Term(KnowledgeAdaptation(32, 48, resize=True, steps=2), feature, .1),
+            'global_local': lambda: Term(GlobalLocal(beta=10.), feature, .1),
+            'intra_class_variation': lambda: Term(IntraClassVariation(8), feature, 10.)}[name]()
+
+
+@pytest.mark.parametrize('name', ['holistic', 'knowledge_adaptation', 'global_local', 'intra_class_variation'])
+def test_a_loss_with_a_life_of_its_own_resumes_to_the_same_bits(name, tmp_path, classroom):
+    def run(steps, out=None, resume=False, stop_at=None):
+        room = copy.deepcopy(classroom)
+        distiller = Distiller(room.student, room.teacher, room.task, [living(name)])
+        update = distiller.update
+        if stop_at is not None:
+            calls = iter(range(stop_at))
+            def stopping():
+                update()
+                if next(calls, None) is None: raise Stop
+            object.__setattr__(distiller, 'update', stopping)
+        history = fit(distiller, room.data, budget=Budget(steps=steps, batch_size=4, lr=.05), out=out, resume=resume, save_every=2, progress=False)
+        return distiller, history
+    whole, history = run(6)
+    with pytest.raises(Stop): run(6, tmp_path, stop_at=5)                       # dies in the sixth step; the last checkpoint is of step 4
+    assert steps_done(tmp_path) == 4
+    resumed, _ = run(6, tmp_path, resume=True)
+    ours, theirs = resumed.state(), whole.state()
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items(): assert torch.equal(ours[key], value), key
+    assert history.column(name)[-1] != history.column(name)[0]
