@@ -58,7 +58,7 @@ def draw_cube(
     ax.annotate('W', (W / 2, -.6)); ax.annotate('H', (-.7, H / 2)); ax.annotate('C', (W + .35 * C, .1))
     return ax
 
-# %% ../nbs/explore/01_explorers.ipynb #66210c27
+# %% ../nbs/explore/01_explorers.ipynb #1c03410c
 def show_maps(
     maps: dict,               # title -> 2D tensor or array, or (H, W, 3) picture
     *,
@@ -71,11 +71,12 @@ def show_maps(
     flat = [a for a in arrays.values() if a.ndim == 2]
     fig, axes = plt.subplots(1, len(arrays), figsize=(size * len(arrays) + .6, size), layout='constrained', squeeze=False)
     for ax, (title, a) in zip(axes[0], arrays.items()):
-        pool = flat if shared else [a]
+        pool = flat if shared and flat else [a]
         hi, lo = max(o.max() for o in pool), min(o.min() for o in pool)
         if centred: hi = max(abs(hi), abs(lo)); lo = -hi
         picture = ax.imshow(a, cmap='RdBu_r' if centred else 'cividis', vmin=lo, vmax=hi) if a.ndim == 2 else ax.imshow(a)
         ax.set_title(title, fontsize=9); ax.set_xticks([]); ax.set_yticks([])
+        if a.ndim == 2: scale = picture
         if a.ndim == 2 and not shared: fig.colorbar(picture, ax=ax, shrink=.7)
-    if shared and flat: fig.colorbar(picture, ax=axes[0], shrink=.7)
+    if shared and flat: fig.colorbar(scale, ax=axes[0], shrink=.7)
     return fig

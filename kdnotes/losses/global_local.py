@@ -42,13 +42,13 @@ def _rows(student, teacher, free=''):
     wide = torch.promote_types(student.dtype, teacher.dtype)
     return at_least_float32(student.to(wide)), at_least_float32(teacher.detach().to(wide))
 
-# %% ../../nbs/losses/12_global_local.ipynb #a583e115
+# %% ../../nbs/losses/12_global_local.ipynb #4e25ffaa
 class NormalizedLogits(nn.Module):
-    """L_ND: mean over rows of KL(softmax(z_t/sd_t) || softmax(z_s/sd_s)), sd the unbiased standard deviation of
-    a row.
+    """L_ND: mean over rows of KL(softmax(z_t/sd_t) || softmax(z_s/sd_s)), sd the unbiased standard deviation
+    of a row.
 
-    Called `loss(student, teacher)` on two (R,K) tensors, one row of class scores per image or region; returns a
-    0-dim tensor, exactly 0 for K = 1. A constant row counts as uniform and gets no gradient.
+    Called `loss(student, teacher)` on two (R,K) tensors, one row of class scores per image or region; returns
+    a 0-dim tensor, exactly 0 for K = 1. A constant row counts as uniform and gets no gradient.
     Raises ValueError naming both shapes if they differ.
     Source: Kim et al., ICCV 2021 (GLD), the adaptive distillation loss."""
     def forward(self,
@@ -60,9 +60,9 @@ class NormalizedLogits(nn.Module):
             student, teacher = _rows(student, teacher)
             return softmax_kl(_Normalise.apply(student), _Normalise.apply(teacher), dim=1)      # (2)
 
-# %% ../../nbs/losses/12_global_local.ipynb #ad006e53
+# %% ../../nbs/losses/12_global_local.ipynb #3e58887e
 def _relation(rows):
-    "Row-normalised squared distances, and what their gradient needs: shifted and scaled rows, lengths, scale."
+    "Row-normalised squared distances; for the gradient, the rows shifted and scaled, the lengths, the scale."
     x = rows - rows[:1]
     scale = x.abs().amax()
     scale = torch.where(scale > 0, scale, 1.)
@@ -71,15 +71,14 @@ def _relation(rows):
     length = D.square().sum(1, keepdim=True).sqrt()
     return D / torch.where(length > 0, length, 1.), x, length, scale                       # (4)
 
-# %% ../../nbs/losses/12_global_local.ipynb #164db0a3
+# %% ../../nbs/losses/12_global_local.ipynb #ca903bff
 class _RelationGap(torch.autograd.Function):
-    "1/m^2 times the squared difference of two relation matrices; the gradient is ready after the forward pass."
+    "1/m^2 times the squared difference of two relation matrices, its gradient ready for the backward pass."
     @staticmethod
     def forward(ctx, student, teacher):
         D, x, length, scale = _relation(student)
         E, m = D - _relation(teacher)[0], len(student)
         G = (E - D * (D * E).sum(1, keepdim=True)) / torch.where(length > 0, length, 1.)   # (9)
-        G = torch.where(length > 0, G, 0.)
         S = G + G.mT
         ctx.save_for_backward(4 / (m * m) * (S.sum(1, keepdim=True) * x - S @ x) / scale)  # (10)
         return E.square().sum() / (m * m)                                                  # (5)
@@ -90,16 +89,16 @@ class _RelationGap(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None
 
-# %% ../../nbs/losses/12_global_local.ipynb #af99440a
+# %% ../../nbs/losses/12_global_local.ipynb #1eef6827
 class DenseRelation(nn.Module):
     """L_relation: squared distances between all rows, each row of the distance matrix divided by its length;
     1/m^2 times the sum of squared differences between student and teacher.
 
-    Called `loss(student, teacher)` on (m,K) rows; the K of the two may differ. Returns a 0-dim tensor, exactly 0
-    for m = 1. Rows that are all equal have distance 0 and get no gradient.
+    Called `loss(student, teacher)` on (m,K) rows; the K of the two may differ. Returns a 0-dim tensor,
+    exactly 0 for m = 1. Rows that are all equal have distance 0 and get no gradient.
     Raises ValueError naming both shapes if the number of rows differs.
-    Every row is compared with every other one of the batch: the loss of a batch is not the mean of the losses of
-    its parts, so gradient accumulation, or several processes with a part each, compute another function.
+    Every row is compared with every other one of the batch: the loss of a batch is not the mean of the losses
+    of its parts, so gradient accumulation, or several processes with a part each, compute another function.
     Source: Kim et al., ICCV 2021 (GLD), the relation loss."""
     any_channels = True
 
@@ -111,7 +110,7 @@ class DenseRelation(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             return _RelationGap.apply(*_rows(student, teacher, 'K'))
 
-# %% ../../nbs/losses/12_global_local.ipynb #ae5f46f3
+# %% ../../nbs/losses/12_global_local.ipynb #795a5628
 def local_logits(
     features: Tensor,         # (B,C,H,W), what the network pools before its classifier
     classifier: nn.Module,    # nn.Linear, a 1x1 nn.Conv2d, or any module from (R,C) rows to (R,K) rows
@@ -120,8 +119,8 @@ def local_logits(
     """Class scores of each of d x d tiles: average over the tile, then the classifier.
 
     The tiles partition the map; where d does not divide a side, its first tiles are one position longer.
-    Raises ValueError for anything but a (B,C,H,W) map of at least d x d positions, or a classifier that does not
-    give rows."""
+    Raises ValueError for anything but a (B,C,H,W) map of at least d x d positions, or a classifier that does
+    not give rows."""
     if features.dim() != 4 or not 1 <= divisions <= min(features.shape[2:]):
         raise ValueError(f'cannot cut features {tuple(features.shape)} into {divisions} x {divisions} tiles')
     with torch.autocast(features.device.type, enabled=False):
@@ -131,19 +130,20 @@ def local_logits(
         rows = rows.to(next(classifier.parameters(), rows).dtype)            # a network all in a half format
         conv = isinstance(classifier, nn.Conv2d)
         scores = classifier(rows[..., None, None] if conv else rows)
-    if conv and classifier.kernel_size == (1, 1): scores = scores.flatten(1)
+    if conv and classifier.kernel_size == (1, 1) == scores.shape[2:]: scores = scores.flatten(1)
     if scores.dim() != 2 or len(scores) != len(rows):
-        raise ValueError(f'expected a classifier of rows {tuple(rows.shape)}, such as nn.Linear or a 1x1 Conv2d; '
-                         f'{type(classifier).__name__} gave {tuple(scores.shape)}')
+        raise ValueError(f'expected a classifier of rows {tuple(rows.shape)}, such as nn.Linear or a 1x1 '
+                         f'Conv2d; {type(classifier).__name__} gave {tuple(scores.shape)}')
     return at_least_float32(scores)
 
-# %% ../../nbs/losses/12_global_local.ipynb #ce833520
+# %% ../../nbs/losses/12_global_local.ipynb #240151be
 class GlobalLocal(nn.Module):
     """GLD without its task loss: alpha * L_global + sum over the d*d tiles of L_ND + beta * L_relation.
 
-    Called `loss(student_features, teacher_features, student_classifier, teacher_classifier)`; features (B,C,H,W)
-    of equal batch and map, of any widths; each goes through its own classifier, to the same K classes. The
-    student's classifier learns through the loss; the teacher's side is detached. Returns a 0-dim tensor.
+    Called `loss(student_features, teacher_features, student_classifier, teacher_classifier)`; features
+    (B,C,H,W) of equal batch and map, of any widths; each goes through its own classifier, to the same K
+    classes. The student's classifier learns through the loss; the teacher's side is detached. Returns a 0-dim
+    tensor.
     Raises ValueError naming both shapes.
     The relation is taken over all B*(d*d + 1) rows of the batch: under gradient accumulation, or in several
     processes that see a part of the batch each, this is another function.

@@ -79,7 +79,7 @@ class _ClassGap(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None, None, None
 
-# %% ../../nbs/losses/09_intra_class_variation.ipynb #1d19f524
+# %% ../../nbs/losses/09_intra_class_variation.ipynb #db1c198d
 class IntraClassVariation(nn.Module):
     """Intra-class feature variation: mean over B*H*W of (M_s - M_t)^2, M the cosine between the feature of a
     position and the mean feature of its class in that image, each network with its own means. Positions
@@ -96,7 +96,8 @@ class IntraClassVariation(nn.Module):
                  *,
                  ignore_index: int = 255):    # label of positions that do not count
         super().__init__()
-        if num_classes < 1: raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+        if num_classes < 1 or num_classes != int(num_classes):
+            raise ValueError(f'num_classes is an integer >= 1, got {num_classes!r}')
         self.num_classes, self.ignore_index = int(num_classes), int(ignore_index)
 
     def forward(self,

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PairWise']
 
-# %% ../../nbs/losses/06_pair_wise.ipynb #c11e34e5
+# %% ../../nbs/losses/06_pair_wise.ipynb #04a28324
 import math
 from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
-from .divergence import at_least_float32, check_pair
+from .divergence import check_pair
 from .relations import all_pairs_gap, nodes, window_gap
 
 # %% ../../nbs/losses/06_pair_wise.ipynb #24b036ad
@@ -34,7 +34,7 @@ def _radius(alpha):
     raise ValueError('connection_range is None (all pairs) or (2r+1)^2 nodes, '
                      f'got {alpha}: the nearest are {near}')
 
-# %% ../../nbs/losses/06_pair_wise.ipynb #3684dd92
+# %% ../../nbs/losses/06_pair_wise.ipynb #c9599c20
 class PairWise(nn.Module):
     """Pair-wise distillation: squared cosine differences, mean over batch and edges of a static graph.
 
@@ -62,9 +62,9 @@ class PairWise(nn.Module):
         "The loss, 0-dim."
         check_pair(student, teacher, layout='BCHW', free='C')
         with torch.autocast(student.device.type, enabled=False):
-            s, t = (nodes(at_least_float32(x), window=self.granularity, pool=self.pool)
-                    for x in (student, teacher.detach()))
+            s, t = (nodes(x, window=self.granularity, pool=self.pool) for x in (student, teacher.detach()))
             alpha, farthest = self.connection_range, max(s.shape[2:]) - 1
+            if farthest == 0: return window_gap(s, t, radius=0, interior=True)      # one node, no pair: 0
             if alpha is None or _radius(alpha) >= farthest: return all_pairs_gap(s, t)
             return window_gap(s, t, radius=_radius(alpha))
 
