@@ -12,37 +12,33 @@ from torch.autograd.function import once_differentiable
 
 from .divergence import at_least_float32, check_pair
 
-# %% ../../nbs/losses/08_attention_transfer.ipynb #b93e09c5
+# %% ../../nbs/losses/08_attention_transfer.ipynb #f9da18fe
 def _unit_map(
     x: Tensor,        # features, (B,N,H,W)
     p: float,         # the power
-) -> tuple:           # unit map (B,1,H,W); 1/largest value and 1/length, (B,1,1,1) each; all float64
+) -> tuple:           # unit map (B,1,H,W); 1/largest value and length, (B,1,1,1) each; all float64
     "The attention map of equations (1) and (2), scaled before the power; a map of zeros stays zero."
-    largest = torch.maximum(x.amax((1, 2, 3)), -x.amin((1, 2, 3))).double()
-    scale = torch.where(largest > 0, largest.reciprocal(), 1.).view(-1, 1, 1, 1)
-    total = x.new_zeros((len(x), 1, *x.shape[2:]), dtype=torch.float64)
+    largest = torch.maximum(x.amax((1, 2, 3), True), -x.amin((1, 2, 3), True)).double()
+    scale = torch.where(largest > 1e-37, largest.reciprocal(), 1.)    # its float32 is finite
+    total = torch.zeros_like(x[:, :1], dtype=torch.float64)
     block = 2**18 if x.device.type == 'cpu' else 2**22          # what a cache holds, or what keeps a GPU busy
     for part in x.split(max(1, block // total.numel()), 1):
-        part = part * scale                                           # float64 from here, and a copy
-        power = part.square_() if p == 2 else part.abs_().pow_(p)
-        total += power.sum(1, keepdim=True)                           # (1), N left out: (2) cancels it
-    length = total.square().sum((1, 2, 3), keepdim=True).sqrt()
-    inverse = torch.where(length > 0, length.reciprocal(), 0.)
-    return total * inverse, scale, inverse                            # (2)
+        total += (part * scale).abs_().pow_(p).sum(1, keepdim=True)   # (1), N left out: (2) cancels it
+    length = total.square().sum((1, 2, 3), True).sqrt().clamp_(min=.5)    # at least 1, or the map is zero
+    return total / length, scale, length                              # (2)
 
-# %% ../../nbs/losses/08_attention_transfer.ipynb #05375647
+# %% ../../nbs/losses/08_attention_transfer.ipynb #44c89627
 class _UnitMapGap(torch.autograd.Function):
     "Mean over positions of the squared difference of two unit maps; keeps the student and one map."
     @staticmethod
     def forward(ctx, student, teacher, p):
-        (u, scale, inverse), (v, *_) = _unit_map(student, p), _unit_map(teacher, p)
+        (u, scale, length), (v, *_) = _unit_map(student, p), _unit_map(teacher, p)
         delta = u - v if u[0].numel() > 1 else torch.zeros_like(u)             # one position cannot say where
         push = delta - u * (u * delta).sum((1, 2, 3), keepdim=True)            # (4)
-        push *= inverse * scale * (2 * p / u.numel())
+        push *= 2 * p / u.numel() * scale / length
         wide = torch.promote_types(student.dtype, torch.float32)
-        scale = scale.to(wide).clamp_(max=torch.finfo(wide).max)             # finite, so that 0 times it is 0
         ctx.p = p
-        ctx.save_for_backward(student, push.to(wide), scale)
+        ctx.save_for_backward(student, push.to(wide), scale.to(wide))
         return delta.square().mean()                                           # (3)
 
     @staticmethod
@@ -53,14 +49,15 @@ class _UnitMapGap(torch.autograd.Function):
         if ctx.p != 2: x = x.sign() * x.abs_().pow_(ctx.p - 1)
         return x.mul_(push * grad_output).to(student.dtype), None, None        # (5)
 
-# %% ../../nbs/losses/08_attention_transfer.ipynb #a10b3297
+# %% ../../nbs/losses/08_attention_transfer.ipynb #90b2d8ae
 class AttentionTransfer(nn.Module):
     """Attention transfer: mean over B*H*W of the squared difference of the two unit maps, a unit map being
     the mean over channels of |x|^p divided by its L2 norm over the positions of the image.
 
     Called `loss(student, teacher)` on (B,N,H,W) features of equal B, H, W; channel counts may differ, no
     adapter is needed. Returns a 0-dim tensor, exactly 0 with zero gradient for 1x1 maps; a map of zeros
-    stays zero and gets no gradient. Raises ValueError naming both shapes if they do not fit.
+    (nothing above 1e-37) stays zero and gets no gradient. Raises ValueError naming both shapes if they do not
+    fit.
     Source: Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928, in the form of its official code."""
     any_channels = True
 

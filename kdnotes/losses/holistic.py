@@ -53,11 +53,11 @@ def critic_loss(
     if kind == 'hinge': return (1 + of_student).relu().mean() + (1 - of_teacher).relu().mean()
     return of_student.mean() - of_teacher.mean()                                                   # (1)
 
-# %% ../../nbs/losses/11_holistic.ipynb #b2343031
+# %% ../../nbs/losses/11_holistic.ipynb #4516bd51
 def _slopes(critic, x: Tensor, image=None) -> Tensor:
     "Length (B,) of the gradient of the summed scores in each map of `x`; finite, gradient too, also at 0."
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):      # the derivative too
         x = x.detach().requires_grad_()
         total = _score(critic, x, image).sum()
         if not total.requires_grad: return x.new_zeros(len(x))     # a critic that does not look at the map
@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
         attended = torch.einsum('bij,bcj->bci', self.weights(x), self.value(x).flatten(2))
         return x + self.gamma * attended.view_as(x)                                            # (8)
 
-# %% ../../nbs/losses/11_holistic.ipynb #2837477d
+# %% ../../nbs/losses/11_holistic.ipynb #60e930b8
 class _SpectralConv(nn.Conv2d):
     "A 4x4 convolution over its largest singular value; halves an axis if `least` positions remain."
     def __init__(self, in_channels, out_channels, least):
@@ -129,8 +129,9 @@ class _SpectralConv(nn.Conv2d):
     @torch.no_grad()
     def power_iteration(self, steps):
         W = self.weight.flatten(1)
-        for _ in range(steps):
-            self.v.copy_(F.normalize(W.t() @ self.u, dim=0)); self.u.copy_(F.normalize(W @ self.v, dim=0))
+        with torch.autocast(W.device.type, enabled=False):
+            for _ in range(steps):
+                self.v.copy_(F.normalize(W.t() @ self.u, dim=0)); self.u.copy_(F.normalize(W @ self.v, dim=0))
 
     def normalised(self):
         "The weight that is applied."
@@ -160,10 +161,11 @@ def _critic_input(critic, score_map, image):
     small = F.interpolate(image.detach().to(x.dtype), shape[2:], mode='bilinear', antialias=True)
     return torch.cat([x, small], 1)
 
-# %% ../../nbs/losses/11_holistic.ipynb #5d751e19
+# %% ../../nbs/losses/11_holistic.ipynb #cf7ca822
 class Critic(nn.Module):
     """The critic of structured knowledge distillation: five 4x4 convolutions
-    (spectral norm, LeakyReLU 0.1), two self-attention modules between the last three, one score per map.
+    (all but the last with spectral norm and LeakyReLU 0.1), two self-attention modules between the last
+    three, one score per map.
 
     Called `critic(score_map, image=None)`: (B,num_classes,H,W), at least 8x8, and (B,image_channels,any,any);
     returns (B,), in its parameters' precision also under autocast. ValueError names shapes that do not fit.
@@ -248,8 +250,21 @@ def _step(term, own, maps):
     if hasattr(term.critic, 'power_iteration'): term.critic.power_iteration()
     return loss.detach(), penalty.detach()
 
-# %% ../../nbs/losses/11_holistic.ipynb #a16bbc3a
-class Holistic(nn.Module):
+# %% ../../nbs/losses/11_holistic.ipynb #5312f503
+class _OwnStep(nn.Module):
+    "A module with an optimiser of its own, whose memory is saved, moved and cast with the module."
+    def get_extra_state(self) -> Tensor:
+        file = io.BytesIO(); torch.save(self.own_step.state_dict(), file)
+        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    def set_extra_state(self, state: Tensor):
+        file = io.BytesIO(state.cpu().numpy().tobytes())
+        self.own_step.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+    def _apply(self, *args):
+        super()._apply(*args); self.own_step.load_state_dict(self.own_step.state_dict())
+        return self
+
+# %% ../../nbs/losses/11_holistic.ipynb #8967d329
+class Holistic(_OwnStep):
     """Holistic distillation: minus the mean score that a critic gives the student's maps.
 
     Called `loss(student, teacher, image=None)` on two (B,C,H,W) maps (ValueError names unequal ones); the
@@ -267,7 +282,7 @@ class Holistic(nn.Module):
         super().__init__(); _check_settings(kind, penalty, optimizer, lr, steps)
         self.critic, self.kind, self.penalty = critic, kind, penalty
         self.optimizer, self.lr, self.steps = optimizer, lr, steps
-        self.own_step = _OPTIMISERS[optimizer][0]([p for p in critic.parameters() if p.requires_grad], lr)
+        self.own_step = _OPTIMISERS[optimizer][0](_trainable(critic), lr)
         self.needs = ('image',) if getattr(critic, 'image_channels', 0) else ()
         critic.requires_grad_(False)
     def forward(self,
@@ -285,11 +300,9 @@ class Holistic(nn.Module):
                ) -> dict:                       # `loss` and `penalty` of the last step, 0-dim
         "The critic's own step or steps."
         return _update(self, (student, teacher, image))
-    def get_extra_state(self) -> Tensor: return _to_bytes(self.own_step.state_dict())
-    def set_extra_state(self, state: Tensor): self.own_step.load_state_dict(_from_bytes(state))
     def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)!r}' for k in _SETTINGS)
 
-# %% ../../nbs/losses/11_holistic.ipynb #f0c740a4
+# %% ../../nbs/losses/11_holistic.ipynb #c2edd4d1
 def _check_settings(kind, penalty, optimizer, lr, steps):
     _check_kind(kind)
     if optimizer not in _OPTIMISERS:
@@ -297,20 +310,18 @@ def _check_settings(kind, penalty, optimizer, lr, steps):
     if not (0 <= penalty < float('inf') and 0 < lr < float('inf') and isinstance(steps, int) and steps > 0):
         raise ValueError(f'penalty >= 0, lr > 0, steps a number > 0; got {penalty!r}, {lr!r}, {steps!r}')
 
+def _trainable(critic):
+    own = [p for p in critic.parameters() if p.requires_grad]
+    if not own: raise ValueError('no parameter of this critic asks for a gradient: is it in use already?')
+    return own
+
 def _update(term, maps):
     own = term.own_step.param_groups[0]['params']
     for p in own: p.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(maps[0].device.type, enabled=False):
             for _ in range(term.steps): loss, penalty = _step(term, own, maps)
     finally:                                      # whatever happens, nothing is left for the student's step
         term.own_step.zero_grad()
         for p in own: p.requires_grad_(False)
     return dict(loss=loss, penalty=penalty)
-
-def _to_bytes(state: dict) -> Tensor:
-    file = io.BytesIO(); torch.save(state, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-
-def _from_bytes(data: Tensor) -> dict:
-    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), map_location='cpu', weights_only=True)

@@ -6,8 +6,9 @@
 __all__ = ['Adaptation', 'Affinity', 'AutoEncoder', 'reconstruction_loss', 'fit_auto_encoder', 'FeatureAdapter',
            'KnowledgeAdaptation']
 
-# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #ea330d9d
-import math
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #4a6f9d22
+import inspect, math
+from itertools import islice
 from typing import Callable
 
 import torch
@@ -17,13 +18,12 @@ from torch.nn import functional as F
 from .divergence import at_least_float32, check_pair
 from .relations import all_pairs_gap, unit
 
-# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #863f97bb
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #c139476a
 def _unit(x: Tensor, q: float) -> Tensor:
     "x / |x|_q along the channels; a zero vector stays zero and gets no gradient."
     if q == 2: return unit(x)
     length = torch.linalg.vector_norm(x, q, dim=1, keepdim=True)
-    alive = length > 0
-    return x * torch.where(alive, torch.where(alive, length, 1.).reciprocal(), 0.)
+    return x / torch.where(length > 3e-19, length, torch.inf)       # shorter counts as zero, as in `unit`
 
 def _wide(student, teacher):
     "Both in one format of at least float32, the teacher detached."
@@ -88,7 +88,7 @@ class Affinity(nn.Module):
 def _active(channels): return nn.BatchNorm2d(channels), nn.ReLU()
 def _down(a, b, stride): return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), *_active(b))
 
-# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #a5cda7da
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #c97a75a0
 class AutoEncoder(nn.Module):
     """Three 3x3 convolutions (the encoder), three transposed ones (the decoder): x -> (x_hat, code).
 
@@ -109,19 +109,17 @@ class AutoEncoder(nn.Module):
         if last not in ('plain', 'relu'): raise ValueError(f"last is 'plain' or 'relu', got {last!r}")
         widths, self.up_strides = (in_channels, *[code_channels] * 3), up
         self.encoder = nn.Sequential(*map(_down, widths, widths[1:], down))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 3, s, 1)
-                                for a, b, s in zip(widths[:0:-1], widths[-2::-1], up))
-        end = _active(in_channels) if last == 'relu' else ()
-        ends = _active(code_channels), _active(code_channels), end
-        self.active = nn.ModuleList(nn.Sequential(*x) for x in ends)
+        ends = _active(code_channels), _active(code_channels), _active(in_channels) if last == 'relu' else ()
+        self.decoder = nn.ModuleList(nn.Sequential(nn.ConvTranspose2d(a, b, 3, s, 1), *end)
+                                     for a, b, s, end in zip(widths[:0:-1], widths[-2::-1], up, ends))
 
     def decode(self,
                code: Tensor,        # from the encoder
                size: tuple):        # (H, W) to come back to
         "(B,in_channels,H,W) from a code; every transposed convolution is told its output size."
-        for i, (up, active) in enumerate(zip(self.up, self.active)):
+        for i, layer in enumerate(self.decoder):
             left = math.prod(self.up_strides[i + 1:])                # what the later layers still enlarge
-            code = active(up(code, output_size=[-(-n // left) for n in size]))
+            code = layer[1:](layer[0](code, output_size=[-(-n // left) for n in size]))
         return code
 
     def forward(self, x: Tensor) -> tuple:
@@ -147,10 +145,19 @@ def reconstruction_loss(
         x_hat, x = _wide(x_hat, x)
         return (x_hat - x).square().sum() / x.numel() + alpha * at_least_float32(code).abs().sum()    # (1)
 
-# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #9d0de938
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #dcbc689d
+def _passes(data, epochs):
+    "The batches of `data`, `epochs` times over."
+    for epoch in range(epochs):
+        batch = None
+        for batch in data: yield batch
+        if batch is None:
+            raise ValueError(f'no batch in pass {epoch + 1}: `data` must give its batches anew each time')
+
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #269ed356
 def fit_auto_encoder(
     net: AutoEncoder,             # trained in place; in eval mode afterwards
-    teacher: Callable,            # image (B,3,H,W) -> features (B,C,h,w)
+    teacher: Callable,            # image (B,3,H,W) -> features (B,C,h,w); sees to the device of the image
     data,                         # batches, dictionaries with 'image'; iterated once per epoch
     *,
     alpha: float = 1e-7,          # of `reconstruction_loss`
@@ -167,22 +174,15 @@ def fit_auto_encoder(
         raise ValueError(f'nothing to fit: epochs={epochs}, steps={steps}')
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     like, history = next(net.parameters()), []
-    for epoch in range(epochs):
-        before = len(history)
-        for batch in data:
-            if steps is not None and len(history) >= steps: return _rest(net, history)
-            with torch.no_grad(): x = teacher(batch['image']).detach().to(like)
-            with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
-                loss = reconstruction_loss(x, *net.train()(x), alpha=alpha)
-                optimizer.zero_grad(); loss.backward(); optimizer.step()
-            history.append(loss.item())
-            if not math.isfinite(history[-1]):
-                raise FloatingPointError(f'batch {len(history)} of stage one: the loss is {history[-1]}')
-        if len(history) == before:
-            raise ValueError(f'no batch in pass {epoch + 1}: `data` must give its batches anew each time')
-    return _rest(net, history)
-
-def _rest(net, history):
+    net.train()
+    for batch in islice(_passes(data, epochs), steps):
+        with torch.no_grad(): x = teacher(batch['image']).detach().to(like)
+        with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
+            loss = reconstruction_loss(x, *net(x), alpha=alpha)
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+        history.append(loss.item())
+        if not math.isfinite(history[-1]):
+            raise FloatingPointError(f'batch {len(history)} of stage one: the loss is {history[-1]}')
     net.eval().zero_grad()
     return history
 
@@ -208,94 +208,72 @@ class FeatureAdapter(nn.Sequential):
             if kind == 'adaptation': modules += _active(out_channels)
         super().__init__(*modules)
 
-# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #c910bffc
-class _StageOne(nn.Module):
-    "Adapters, and an encoder that `prepare` fits once: frozen, and in eval mode whatever the module is in."
-    def __init__(self, student_channels, teacher_channels, code_channels, adapter_layers, strides, stage_one):
-        super().__init__()
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels
-        self.code_channels = code_channels or max(1, teacher_channels // 2)
-        self.adapter_layers, self.strides, self.stage_one = adapter_layers, tuple(strides), stage_one
-        with torch.random.fork_rng(devices=[]):        # `prepare` draws the real start; until then two terms
-            torch.default_generator.manual_seed(0)     # of equal settings are equal to the byte
-            net, self.adapter, self.affinity_adapter = self._drawn()
-        self.encoder = net.encoder.requires_grad_(False).eval()
-        self.register_buffer('fitted', torch.tensor(False))
-        self.history, self._ready = [], False            # the loss of every batch of stage one
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #ef39fb55
+class _Encoder(nn.Sequential):
+    "What stage one leaves: no gradient, and eval mode whatever the module around it is in."
+    fitted = False
 
-    def _drawn(self):
-        "Auto-encoder and adapters, fresh from torch's generator (on the CPU, whatever the device)."
-        s, c = self.student_channels, self.code_channels
-        return (AutoEncoder(self.teacher_channels, c, strides=self.strides),
-                FeatureAdapter(s, c, layers=self.adapter_layers), FeatureAdapter(s, c, kind='affinity'))
+    def train(self, mode=True): return super().train(False)
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
-    def prepare(self,
-                teacher: Callable,    # image (B,3,H,W) -> features (B,teacher_channels,h,w): the teacher, cut
-                data):                # batches, dictionaries with 'image'; iterated once per epoch
-        "Stage one: fit the auto-encoder, keep its encoder, draw the adapters' start; nothing if done."
-        if self.fitted: return
-        if data is None: raise ValueError('prepare needs the training data: an auto-encoder has to be fitted')
-        net, adapter, affinity_adapter = self._drawn()
-        net.to(next(self.encoder.parameters()))
-        self.history = fit_auto_encoder(net, teacher, data, **self.stage_one)
-        self.encoder.load_state_dict(net.encoder.state_dict())
-        self.adapter.load_state_dict(adapter.state_dict())
-        self.affinity_adapter.load_state_dict(affinity_adapter.state_dict())
-        self.fitted.fill_(True)
-
-# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #209fb31a
-class _StageTwo(_StageOne):
-    "The loss of a training step."
-    def _code(self, student, teacher):
-        "The student's map in the size of the code, and the code; errors name both shapes."
-        check_pair(student, teacher, layout='BCHW', free='CHW')
-        channels = self.student_channels, self.teacher_channels
-        shapes = f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)}'
-        if (student.shape[1], teacher.shape[1]) != channels:
-            raise ValueError(f'made for {channels[0]} and {channels[1]} channels, got {shapes}')
-        with torch.no_grad(): code = self.encoder(teacher)
-        if student.shape[2:] == code.shape[2:]: return student, code
-        if not self.resize:
-            raise ValueError(f"{shapes}: the code is {tuple(code.shape)}, and its map is not the student's; "
-                             f'choose layers that meet, other strides than {self.strides}, or resize=True')
-        return F.interpolate(student, size=code.shape[2:], mode='bilinear'), code
-
-    def parts(self,
-              student: Tensor,        # features, (B,student_channels,h,w); differentiable
-              teacher: Tensor,        # features, (B,teacher_channels,H,W)
-              ) -> tuple:             # adaptation and affinity, both 0-dim and unweighted
-        "The two losses between adapted student and code."
-        if not (self._ready or self.fitted):
+    def forward(self, x):
+        if not self.fitted:
             raise RuntimeError('the auto-encoder is not fitted: call prepare(teacher, data) once before '
                                'training, or load the state of a loss that was prepared')
-        self._ready = True                                   # asked once: `fitted` lives on the device
-        like = self.affinity_adapter[0].weight
-        with torch.autocast(student.device.type, enabled=False):
-            student, code = self._code(student.to(like), teacher.detach().to(like))
-            return (self.adaptation(self.adapter(student), code),
-                    self.affinity(self.affinity_adapter(student), code))
+        with torch.no_grad(): return super().forward(x)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        "beta * adaptation + gamma * affinity, 0-dim."
-        adaptation, affinity = self.parts(student, teacher)
-        return self.beta * adaptation + self.gamma * affinity                                  # (4)
+    def get_extra_state(self): return torch.tensor(self.fitted)
+    def set_extra_state(self, state): self.fitted = bool(state)
 
-# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #23867c2b
-class KnowledgeAdaptation(_StageTwo):
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #4af99025
+def _drawn(term):
+    "Auto-encoder, C_f and C_a, fresh from torch's generator (on the CPU, whatever the device)."
+    s, t, c = term.channels
+    return (AutoEncoder(t, c, strides=term.strides), FeatureAdapter(s, c, layers=term.adapter_layers),
+            FeatureAdapter(s, c, kind='affinity'))
+
+def _prepare(term,
+             teacher: Callable,    # image (B,3,H,W) -> features (B,teacher_channels,h,w): the teacher, cut
+             data):                # batches, dictionaries with 'image'; iterated once per epoch
+    "Stage one: fit the auto-encoder, keep its encoder, draw the adapters' start; nothing if done."
+    if term.fitted: return
+    if data is None: raise ValueError('prepare needs the training data: an auto-encoder has to be fitted')
+    net, *adapters = _drawn(term)
+    net.to(term.affinity_adapter[0].weight)                            # its device and dtype
+    term.history = fit_auto_encoder(net, teacher, data, **term.stage_one)
+    for ours, new in zip((term.encoder, term.adapter, term.affinity_adapter), (net.encoder, *adapters)):
+        ours.load_state_dict(new.state_dict(), strict=False)           # all but `fitted`
+    term.encoder.fitted = True
+
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #71829c21
+def _parts(term,
+           student: Tensor,        # features, (B,student_channels,h,w); differentiable
+           teacher: Tensor,        # features, (B,teacher_channels,H,W)
+           ) -> tuple:             # adaptation and affinity, both 0-dim and unweighted
+    "The two losses between adapted student and code."
+    check_pair(student, teacher, layout='BCHW', free='CHW')
+    like = term.affinity_adapter[0].weight
+    shapes = f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)}'
+    if (student.shape[1], teacher.shape[1]) != term.channels[:2]:
+        raise ValueError(f'made for {term.channels[0]} and {term.channels[1]} channels, got {shapes}')
+    with torch.autocast(like.device.type, enabled=False):
+        x, code = student.to(like), term.encoder(teacher.detach().to(like))
+        if x.shape[2:] != code.shape[2:]:
+            if not term.resize:
+                raise ValueError(f"{shapes}: the code is {tuple(code.shape)}, its map is not the student's; "
+                                 'choose layers that meet, other strides, or resize=True')
+            x = F.interpolate(x, size=code.shape[2:], mode='bilinear')
+        return term.adaptation(term.adapter(x), code), term.affinity(term.affinity_adapter(x), code)
+
+# %% ../../nbs/losses/10_knowledge_adaptation.ipynb #30ba9d11
+class KnowledgeAdaptation(nn.Module):
     """beta * Adaptation + gamma * Affinity between adapted student and the code of the teacher's features.
 
     `prepare(teacher, data)` once, then `loss(student, teacher)` on (B,student_channels,h,w) and
-    (B,teacher_channels,H,W); (h, w) is the encoder's map: with strides (2,1,1) half of (H, W), rounded up.
-    Returns a 0-dim tensor. RuntimeError before `prepare`; ValueError naming both shapes if they do not fit.
-    The adapters belong into the student's optimiser; the encoder is frozen.
-    Source: He et al., CVPR 2019, arXiv 1903.04688; the notebook says what was read and what is remembered."""
+    (B,teacher_channels,H,W), 0-dim; (h, w) is the encoder's map: with strides (2,1,1) half of (H, W), rounded
+    up. RuntimeError before `prepare`; ValueError naming both shapes if they do not fit. The adapters belong
+    into the student's optimiser; the encoder is frozen. Source: He et al., CVPR 2019, arXiv 1903.04688."""
     any_channels, any_size = True, True     # it brings its adapters, and the encoder changes the map's size
-
+    prepare, parts, fitted = _prepare, _parts, property(lambda self: self.encoder.fitted)
     def __init__(self,
                  student_channels: int,               # of the student's features
                  teacher_channels: int,               # of the teacher's features
@@ -309,18 +287,20 @@ class KnowledgeAdaptation(_StageTwo):
                  adapter_layers: int = 1,             # convolutions in the adaptation's adapter
                  resize: bool = False,                # interpolate the student's map to the code's, bilinear
                  strides: tuple = (2, 1, 1),          # of the encoder
-                 alpha: float = 1e-7,                 # stage one: weight of the code's L1 norm
-                 epochs: int = 1,                     # stage one: passes over the data
-                 steps: int | None = None,            # stage one: at most so many batches
-                 lr: float = .1,                      # stage one: of SGD with momentum .9
-                 weight_decay: float = 1e-4):         # stage one: of SGD
-        stage_one = dict(alpha=alpha, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay)
-        super().__init__(student_channels, teacher_channels, code_channels, adapter_layers, strides,
-                         stage_one)
-        self.beta, self.gamma, self.resize = beta, gamma, resize
+                 **stage_one):                        # options of `fit_auto_encoder`
+        super().__init__()
+        inspect.signature(fit_auto_encoder).bind(None, None, None, **stage_one)     # a misspelt one ends here
+        self.channels = student_channels, teacher_channels, code_channels or max(1, teacher_channels // 2)
+        self.beta, self.gamma, self.resize, self.strides = beta, gamma, resize, tuple(strides)
+        self.adapter_layers, self.stage_one, self.history = adapter_layers, stage_one, []
         self.adaptation, self.affinity = Adaptation(p=p, q=q), Affinity(squared=squared)
-
+        with torch.random.fork_rng(devices=[]):                 # of no consequence: `prepare` draws the start
+            net, self.adapter, self.affinity_adapter = _drawn(self)
+        self.encoder = _Encoder(*net.encoder).requires_grad_(False).eval()
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        "beta * adaptation + gamma * affinity, 0-dim."
+        adaptation, affinity = self.parts(student, teacher)
+        return self.beta * adaptation + self.gamma * affinity                                  # (4)
     def extra_repr(self):
-        return (f'{self.student_channels}, {self.teacher_channels}, code_channels={self.code_channels}, '
-                f'beta={self.beta:g}, gamma={self.gamma:g}, resize={self.resize}, strides={self.strides}, '
-                f'stage_one={self.stage_one}')
+        names = 'channels', 'beta', 'gamma', 'resize', 'strides', 'stage_one'
+        return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
