@@ -247,7 +247,7 @@ def _ends(x: Tensor, dy: int, dx: int) -> tuple:
     H, W = x.shape[-2:]
     return x[..., :H - dy, max(0, -dx):W - max(0, dx)], x[..., dy:, max(0, dx):W + min(0, dx)]
 
-# %% ../../nbs/losses/05_relations.ipynb #03f6544f
+# %% ../../nbs/losses/05_relations.ipynb #f6ba415a
 def _window(student: Tensor, teacher: Tensor, radius: int, interior: bool) -> tuple:
     "Sum over images of (5), and its gradient in the student."
     D = _Difference(student, teacher)
@@ -265,7 +265,8 @@ def _window(student: Tensor, teacher: Tensor, radius: int, interior: bool) -> tu
     edges = max(1, _edges(H, W, radius, interior))
     aa, bb, cc = (v.square().sum(1) for v in (D.a, D.b, D.c))
     lost = total < (1e4 * torch.finfo(D.x.dtype).eps)**2 * edges * (aa + bb * cc).sum() / (H * W)
-    if lost and D.x.dtype != torch.float64: return _window(student.double(), teacher.double(), radius, interior)
+    if lost and D.x.dtype != torch.float64:
+        return _window(student.double(), teacher.double(), radius, interior)
     return total / edges, _through_length(gradient, D.x, D.length) / edges
 
 # %% ../../nbs/losses/05_relations.ipynb #799d9d0f
