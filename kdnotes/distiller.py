@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['NEEDS', 'Term', 'Distiller']
 
-# %% ../nbs/training/04_distiller.ipynb #1b46a8a8
+# %% ../nbs/training/04_distiller.ipynb #337a290f
 import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .taps import Taps, find_module
 
-# %% ../nbs/training/04_distiller.ipynb #6e227ed5
+# %% ../nbs/training/04_distiller.ipynb #fc94df29
 def _classifiers(distiller):
     "The layers of student and teacher that turn features into class scores."
     models = distiller.student, distiller.teacher
@@ -36,7 +38,7 @@ class Term:
     loss: nn.Module                      # loss(student, teacher, *needs) -> 0-dim tensor
     at: str | tuple                      # 'logits', a dotted path, or (student path, teacher path)
     weight: float                        # factor in the total; 0 switches the term off
-    adapter: object = field(default='auto', kw_only=True)      # 'auto', None, or a module applied to the student's tensor
+    adapter: object = field(default='auto', kw_only=True)      # 'auto', None, '1x1', '3x3', or a module applied to the student's tensor
     name: str | None = field(default=None, kw_only=True)       # in logs; made from the loss's class if None
 
     def __post_init__(self):
@@ -45,8 +47,8 @@ class Term:
             raise ValueError(f"`at` is 'logits', a dotted path or (student path, teacher path); got {self.at!r}")
         if not (isinstance(self.weight, (int, float)) and 0 <= self.weight < float('inf')):
             raise ValueError(f'a weight is a number >= 0, got {self.weight!r}')
-        if not (self.adapter in ('auto', None) or isinstance(self.adapter, nn.Module)):
-            raise ValueError(f"`adapter` is 'auto', None or a module, got {self.adapter!r}")
+        if not (isinstance(self.adapter, nn.Module) or self.adapter in ('auto', None, '1x1', '3x3')):
+            raise ValueError(f"`adapter` is 'auto', None, '1x1', '3x3' or a module, got {self.adapter!r}")
         if self.name is None: self.name = re.sub(r'(?<!^)(?=[A-Z])', '_', type(self.loss).__name__).lower()
         if not re.fullmatch(r'[A-Za-z_]\w*', self.name) or self.name in _TAKEN:
             raise ValueError(f'{self.name!r} cannot name a term: expected letters, digits and _, and none of {sorted(_TAKEN)}; give it a `name=`')
@@ -56,7 +58,7 @@ class Term:
     @property
     def places(self): return (self.at, self.at) if isinstance(self.at, str) else self.at
 
-# %% ../nbs/training/04_distiller.ipynb #8bf792a3
+# %% ../nbs/training/04_distiller.ipynb #d8cc1f63
 class Distiller(nn.Module):
     "A student, a frozen teacher, a task and weighted terms; calling it on a batch gives the losses of one training step."
     def __init__(self,
@@ -71,9 +73,10 @@ class Distiller(nn.Module):
         names = [t.name for t in terms]
         if len(set(names)) < len(names): raise ValueError(f'two terms have the same name, give them `name=`: {names}')
         self.student, self.teacher, self.task, self.task_weight = student, teacher, task, task_weight
-        self.terms = [t for t in terms if t.weight]
+        self.terms, self.off = [t for t in terms if t.weight], [t.name for t in terms if not t.weight]
         self.losses = nn.ModuleDict({t.name: t.loss for t in self.terms if isinstance(t.loss, nn.Module)})
-        self.adapters, self.prepared, self._last = nn.ModuleDict(), False, {}
+        self.adapters, self.resized, self.prepared = nn.ModuleDict(), set(), False
+        self._seen, self._kept = {}, {}                                    # inputs for `update`; taps that stay, by side
         if teacher is not None: teacher.requires_grad_(False).zero_grad()
         for side, model in enumerate((student, teacher)):
             for t in self.terms:
@@ -87,7 +90,7 @@ class Distiller(nn.Module):
         if self.teacher is not None: self.teacher.eval()
         return self
 
-# %% ../nbs/training/04_distiller.ipynb #c8067702
+# %% ../nbs/training/04_distiller.ipynb #693e7ea2
 def _places(model, output, taps, places, task):
     "The tensors found at `places` after a forward pass."
     found = {p: task.logits(output) if p == 'logits' else taps[p] for p in places}
@@ -101,69 +104,129 @@ def listen(self: Distiller,
            image: Tensor,            # (B,3,H,W)
            side: int) -> tuple:      # 0 student, 1 teacher -> (output, tensors by place)
     "Run `model` and collect what the terms want of it."
-    places = {t.places[side] for t in self.terms}
-    with Taps(model, {p: p for p in places if p != 'logits'}) as taps: output = model(image)
+    places, kept = {t.places[side] for t in self.terms}, self._kept.get(side)
+    if kept: kept.forget()
+    with nullcontext(kept) if kept else self.taps(side) as taps: output = model(image)
     return output, _places(model, output, taps, places, self.task)
 
-# %% ../nbs/training/04_distiller.ipynb #47883c02
+@patch
+def taps(self: Distiller,
+         side: int) -> Taps:      # 0 student, 1 teacher
+    "Fresh taps at the places that the terms name on this side."
+    return Taps((self.student, self.teacher)[side], {p: p for p in (t.places[side] for t in self.terms) if p != 'logits'})
+
+# %% ../nbs/training/04_distiller.ipynb #37762298
+@patch
+def their(self: Distiller,
+          batch: dict) -> dict:     # place -> the teacher's tensor, without gradient
+    "What the teacher says of a batch: from the batch if it brings it along, else by running the teacher."
+    places = {t.places[1] for t in self.terms}
+    if 'teacher' not in batch:
+        with torch.no_grad(): return self.listen(self.teacher, batch['image'], 1)[1]
+    missing = sorted(places - set(batch['teacher']))
+    if missing: raise ValueError(f"the batch brings the teacher's {sorted(batch['teacher'])}, but the terms also want {missing}")
+    return {p: batch['teacher'][p].to(batch['image'].dtype) for p in places}
+
+# %% ../nbs/training/04_distiller.ipynb #44f84141
 @patch
 def forward(self: Distiller,
-            batch: dict) -> dict:     # of tensors -> 'loss' (weighted total), 'task' and each term's name (unweighted), 0-dim
+            batch: dict,             # of tensors
+            share: float = 1.        # factor of the task's loss: see the loop, which makes a mean of means a mean
+            ) -> dict:               # 'loss' (weighted total), 'task' and each term's name (unweighted), 0-dim
     "The losses of one step, equation (1)."
     if self.terms and not self.prepared: raise RuntimeError('call `prepare(batch)` once before the first step: it fits adapters to the two networks')
     output, ours = self.listen(self.student, batch['image'], 0)
-    parts = {'task': self.task.loss(output, batch)}
+    parts = {'task': share * self.task.loss(output, batch)}
     total = self.task_weight * parts['task']
-    if self.terms:
-        with torch.no_grad(): _, theirs = self.listen(self.teacher, batch['image'], 1)
+    theirs = self.their(batch) if self.terms else {}
     for t in self.terms:
         s, t_ = ours[t.places[0]], theirs[t.places[1]]
         if t.name in self.adapters: s = self.adapters[t.name](s)
+        if t.name in self.resized: s = _resize(s, t_.shape[2:])
         inputs = (s, t_, *(x for need in getattr(t.loss, 'needs', ()) for x in NEEDS[need](self, batch)))
         parts[t.name] = t.loss(*inputs)
         total = total + t.weight * parts[t.name]                                       # (1)
-        if hasattr(t.loss, 'update'): self._last[t.name] = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+        if hasattr(t.loss, 'update'): self._seen.setdefault(t.name, []).append([x.detach() if isinstance(x, Tensor) else x for x in inputs])
     return {**parts, 'loss': total}
 
-# %% ../nbs/training/04_distiller.ipynb #5a5f7040
-def _fit_adapter(term, s, t):
-    "The module that makes the student's tensor fit the teacher's at this term, or None; ValueError if there is no sane one."
-    where = f"{term.name}: student {term.places[0]!r} {tuple(s.shape)} and teacher {term.places[1]!r} {tuple(t.shape)}"
+# %% ../nbs/training/04_distiller.ipynb #7e510a26
+@patch
+@contextmanager
+def compiled(self: Distiller,
+             backend: str = 'inductor'):      # of torch.compile
+    "Inside the block student, teacher and losses run compiled, with their taps in place; afterwards they are as before."
+    if self.terms and not self.prepared: raise RuntimeError('call `prepare(batch)` before compiling: adapters are made there')
+    losses = [m for m in self.losses.values() if not hasattr(m, 'update')]
+    modules = [m for m in (self.student, self.teacher, *losses) if m is not None]
+    self._kept = {side: self.taps(side).__enter__() for side in range(2 if self.terms else 1)}
+    try:
+        for m in modules: m.compile(backend=backend)
+        yield self
+    finally:
+        for m in modules: m._compiled_call_impl = None
+        for taps in self._kept.values(): taps.__exit__()
+        self._kept = {}
+
+# %% ../nbs/training/04_distiller.ipynb #6cdaea94
+def _resize(s, size):
+    "The map at another size: the mean over the cells that fall together, or interpolated between cells."
+    if s.shape[2] >= size[0] and s.shape[3] >= size[1]: return F.adaptive_avg_pool2d(s, size)
+    return F.interpolate(s, size, mode='bilinear')
+
+def _must_resize(term, s, t, where):
+    "Do the two maps differ in size, and may the student's be resized? ValueError if it may not."
+    if s.dim() != 4 or t.dim() != 4 or s.shape[2:] == t.shape[2:] or getattr(term.loss, 'any_size', False): return False
+    if isinstance(term.adapter, nn.Module): return False                    # its own business
+    (h, w), (H, W) = s.shape[2:], t.shape[2:]
+    if term.adapter is None: raise ValueError(f'{where} differ in map size, and adapter=None')
+    if abs(h * W - w * H) > max(h, w, H, W): raise ValueError(f'{where} differ in map size, and in proportion: choose layers that see the same picture')    # a cell of rounding is allowed
+    return True
+
+# %% ../nbs/training/04_distiller.ipynb #37ae810f
+def _fit_adapter(term, s, t, where):
+    "The module that makes the student's channels fit the teacher's at this term, or None; ValueError if there is no sane one."
     if isinstance(term.adapter, nn.Module): return term.adapter
     channels_differ = s.dim() != t.dim() or s.shape[1] != t.shape[1]
-    if s.dim() == t.dim() == 4 and s.shape[2:] != t.shape[2:] and not getattr(term.loss, 'any_size', False): raise ValueError(f'{where} differ in map size: choose layers of equal stride')
-    if not channels_differ or getattr(term.loss, 'any_channels', False): return None
+    if not (channels_differ or term.adapter in ('1x1', '3x3')) or getattr(term.loss, 'any_channels', False): return None
     if term.adapter is None: raise ValueError(f"{where} differ, and adapter=None")
     if 'logits' in term.places: raise ValueError(f'{where}: logits with different numbers of classes cannot be adapted')
     if s.dim() != 4 or t.dim() != 4: raise ValueError(f"{where}: no adapter known for these dimensions, give a module as `adapter`")
-    return nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
+    k = 3 if term.adapter == '3x3' else 1
+    return nn.Conv2d(s.shape[1], t.shape[1], k, padding=k // 2, bias=False)
 
-# %% ../nbs/training/04_distiller.ipynb #53b0bf5f
+# %% ../nbs/training/04_distiller.ipynb #1d9b50d1
 @patch
 def prepare(self: Distiller,
             batch: dict,                 # one batch, to see the shapes
             *,
             data=None,                   # batches to pass over, again and again; handed to losses that prepare themselves
+            losses: bool = True,         # False: a checkpoint is about to bring what they have prepared
             seed: int = 0) -> list:      # of the adapters and of what losses prepare -> lines describing the adapters made
     "Build the adapters and let losses prepare themselves; once, before the first step. The global random generator is left as it was."
     if self.prepared or not self.terms: return []
     plan, was_training = [], self.training
-    self.eval()
+    self.eval(); self.resized.clear()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed + 2**32)               # another stream than the networks' own start
         (_, ours), (_, theirs) = self.listen(self.student, batch['image'], 0), self.listen(self.teacher, batch['image'], 1)
         for t in self.terms:
             s, t_ = ours[t.places[0]], theirs[t.places[1]]
-            adapter = _fit_adapter(t, s, t_)
-            if adapter is None: continue
-            self.adapters[t.name] = adapter.to(s.device)
-            plan.append(f'{t.name}: {type(adapter).__name__} {tuple(s.shape[1:])} -> {tuple(adapter(s).shape[1:])}')
+            where = f"{t.name}: student {t.places[0]!r} {tuple(s.shape)} and teacher {t.places[1]!r} {tuple(t_.shape)}"
+            adapter = _fit_adapter(t, s, t_, where)
+            if adapter is not None:
+                self.adapters[t.name] = adapter.to(s)                   # its device and dtype
+                plan.append(f'{t.name}: {_kind(adapter)} {tuple(s.shape[1:])} -> {tuple(adapter(s).shape[1:])}')
+            if _must_resize(t, s, t_, where):
+                self.resized.add(t.name)
+                plan.append(f'{t.name}: map {tuple(s.shape[2:])} -> {tuple(t_.shape[2:])}')
     with torch.random.fork_rng():
         torch.manual_seed(seed + 2**33)
         for t in self.terms:
-            if hasattr(t.loss, 'prepare'): t.loss.prepare(self._teacher_at(t.places[1]), data)
+            if losses and hasattr(t.loss, 'prepare'): t.loss.prepare(self._teacher_at(t.places[1]), data)
     self.train(was_training); self.prepared = True
     return plan
+
+def _kind(adapter): return f"{type(adapter).__name__}{'{}x{}'.format(*adapter.kernel_size) if isinstance(adapter, nn.Conv2d) else ''}"
 
 @patch
 def _teacher_at(self: Distiller, place):
@@ -174,7 +237,7 @@ def _teacher_at(self: Distiller, place):
         return _places(self.teacher, output, taps, [place], self.task)[place]
     return at_place
 
-# %% ../nbs/training/04_distiller.ipynb #4408899c
+# %% ../nbs/training/04_distiller.ipynb #dc3c9f28
 @patch
 def trainable(self: Distiller) -> list:
     "Parameters for the optimiser: student, adapters, and losses without an `update` of their own."
@@ -201,6 +264,8 @@ def load_state(self: Distiller,
 
 @patch
 def update(self: Distiller):
-    "Let losses take their own step on this step's maps, detached; the loop calls it after the student's step."
+    "Let losses take their own step on all maps since the last one, detached; the loop calls it after the student's step."
     for t in self.terms:
-        if t.name in self._last: t.loss.update(*self._last.pop(t.name))
+        if t.name not in self._seen: continue
+        micro = zip(*self._seen.pop(t.name))                           # the micro-batches of a step are one batch again
+        t.loss.update(*(torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in micro))

@@ -89,7 +89,17 @@ class _RelationGap(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None
 
-# %% ../../nbs/losses/12_global_local.ipynb #1eef6827
+# %% ../../nbs/losses/12_global_local.ipynb #552b0d46
+def _gathered(rows):
+    "The rows of all processes; the gradient of the own ones counts once per process, for the mean to come."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return rows
+    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, rows.detach().contiguous())
+    own = torch.distributed.get_rank()
+    parts[own] = parts[own] + len(parts) * (rows - rows.detach())
+    return torch.cat(parts)
+
+# %% ../../nbs/losses/12_global_local.ipynb #16136672
 class DenseRelation(nn.Module):
     """L_relation: squared distances between all rows, each row of the distance matrix divided by its length;
     1/m^2 times the sum of squared differences between student and teacher.
@@ -97,8 +107,10 @@ class DenseRelation(nn.Module):
     Called `loss(student, teacher)` on (m,K) rows; the K of the two may differ. Returns a 0-dim tensor,
     exactly 0 for m = 1. Rows that are all equal have distance 0 and get no gradient.
     Raises ValueError naming both shapes if the number of rows differs.
-    Every row is compared with every other one of the batch: the loss of a batch is not the mean of the losses
-    of its parts, so gradient accumulation, or several processes with a part each, compute another function.
+    Every row is compared with every other one of the batch, so the loss of a batch is not the mean of the
+    losses of its parts. Several processes with equal shares gather their rows: the loss is that of the whole
+    batch, on all of them. Gradient accumulation cannot: it computes another function, of pairs inside a
+    micro-batch.
     Source: Kim et al., ICCV 2021 (GLD), the relation loss."""
     any_channels = True
 
@@ -108,7 +120,7 @@ class DenseRelation(nn.Module):
                 ) -> Tensor:          # 0-dim, float32 or float64
         "The loss, 0-dim."
         with torch.autocast(student.device.type, enabled=False):
-            return _RelationGap.apply(*_rows(student, teacher, 'K'))
+            return _RelationGap.apply(*map(_gathered, _rows(student, teacher, 'K')))
 
 # %% ../../nbs/losses/12_global_local.ipynb #795a5628
 def local_logits(
@@ -136,7 +148,7 @@ def local_logits(
                          f'Conv2d; {type(classifier).__name__} gave {tuple(scores.shape)}')
     return at_least_float32(scores)
 
-# %% ../../nbs/losses/12_global_local.ipynb #240151be
+# %% ../../nbs/losses/12_global_local.ipynb #b8c691d4
 class GlobalLocal(nn.Module):
     """GLD without its task loss: alpha * L_global + sum over the d*d tiles of L_ND + beta * L_relation.
 
@@ -145,8 +157,8 @@ class GlobalLocal(nn.Module):
     classes. The student's classifier learns through the loss; the teacher's side is detached. Returns a 0-dim
     tensor.
     Raises ValueError naming both shapes.
-    The relation is taken over all B*(d*d + 1) rows of the batch: under gradient accumulation, or in several
-    processes that see a part of the batch each, this is another function.
+    The relation is taken over all B*(d*d + 1) rows of the batch, gathered from all processes if there are
+    several; under gradient accumulation it sees one micro-batch at a time and is another function.
     Source: Kim et al., ICCV 2021; the paper's 1 - alpha is the factor of the task loss."""
     needs, any_channels = ('classifiers',), True
     def __init__(self, *,
