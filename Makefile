@@ -20,7 +20,7 @@ e2e: $(STAMP)           ## the front page and a notebook in a real browser (need
 	$(BIN)/python tests/lab_e2e.py
 
 soak: $(STAMP)          ## what takes long: kills at random moments, several processes, many seeds
-	$(BIN)/python -m pytest -q -m soak tests
+	KDNOTES_LEDGER=1 $(BIN)/python -m pytest -q -m soak tests
 
 readme: $(STAMP)        ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

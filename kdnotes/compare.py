@@ -6,21 +6,20 @@
 __all__ = ['write_json', 'open_folder', 'circumstances', 'teacher_of', 'student_of', 'find_recipe', 'compare', 'train',
            'compare_cli', 'train_cli']
 
-# %% ../nbs/training/11_compare.ipynb #9cb5bcae
-import argparse, copy, hashlib, json, os, platform, shlex, subprocess, sys
+# %% ../nbs/training/11_compare.ipynb #dadfa75c
+import argparse, copy, hashlib, json, platform, shlex, subprocess, sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from accelerate import PartialState
 from torch import nn
 
 import kdnotes
 from .data.datasets import Augmented
 from .distiller import Distiller
-from .loop import evaluate, fit
+from .loop import evaluate, fit, processes_here
 from .metrics import summarise
 from .networks import atomic_write, count, load_weights, save_weights
 from .recipes import RECIPES, Recipe, Splits, describe
@@ -62,7 +61,7 @@ def open_folder(
         write_json(file, settings)
     return out
 
-# %% ../nbs/training/11_compare.ipynb #46790b78
+# %% ../nbs/training/11_compare.ipynb #37ce0874
 def circumstances() -> dict:
     "Device, versions and, when the package is used from its repository, the commit (with '+changes' for an uncommitted state)."
     def of(package):
@@ -74,7 +73,7 @@ def circumstances() -> dict:
     try: commit = git('rev-parse', 'HEAD') if git('ls-files', '--error-unmatch', '__init__.py') else None
     except OSError: commit = None                                                      # no git on this machine
     if commit and git('status', '--porcelain', '--untracked-files=no'): commit += '+changes'
-    kind = PartialState().device.type
+    kind = processes_here().device.type
     device = torch.cuda.get_device_name() if kind == 'cuda' else f'cpu ({torch.get_num_threads()} threads)' if kind == 'cpu' else kind
     packages = ('kdnotes', 'torch', 'torchvision', 'timm', 'torchmetrics', 'accelerate', 'numpy')
     return {'device': device, 'versions': {'python': platform.python_version(), **{p: of(p) for p in packages}}, 'commit': commit}
@@ -87,7 +86,7 @@ def _together(records):
     return {'device': join(c['device'] for c in found), 'versions': {k: join(c['versions'].get(k) for c in found) for k in found[0]['versions']},
             'commit': join(c['commit'] for c in found)}
 
-# %% ../nbs/training/11_compare.ipynb #f9ce66b3
+# %% ../nbs/training/11_compare.ipynb #299f9c97
 def _record(folder):
     "The record of a finished run in this folder, or None."
     file = Path(folder) / 'record.json'
@@ -100,12 +99,13 @@ def _trained(folder, distiller, splits_train, valid, budget, seed, progress):
     folder.mkdir(parents=True, exist_ok=True)
     history = fit(distiller, splits_train, valid, budget=budget, seed=seed, out=folder, resume=True, progress=progress)
     metrics = {k: v for k, v in history.metrics[-1].items() if k != 'step'}
-    save_weights(distiller.student, folder / 'weights.safetensors')
-    record = {'metrics': metrics, 'seconds': round(history.seconds, 2), 'steps': history.steps, 'scores': history.metrics, 'plan': history.plan,
-              'circumstances': circumstances()}
-    write_json(folder / 'record.json', record)
-    (folder / 'checkpoint.pt').unlink(missing_ok=True)
-    return record
+    if processes_here().is_main_process:
+        save_weights(distiller.student, folder / 'weights.safetensors')
+        write_json(folder / 'record.json', {'metrics': metrics, 'seconds': round(history.seconds, 2), 'steps': history.steps, 'scores': history.metrics,
+                                            'plan': history.plan, 'circumstances': circumstances()})
+        (folder / 'checkpoint.pt').unlink(missing_ok=True)
+    processes_here().wait_for_everyone()
+    return _record(folder)
 
 # %% ../nbs/training/11_compare.ipynb #319eaeaf
 def _raw(dataset):
@@ -129,7 +129,7 @@ def _data_print(part):
         for key, value in sorted(raw[i].items()): digest.update(key.encode() + torch.as_tensor(value).contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {'samples': len(raw), 'transform': describe(part.transform) if isinstance(part, Augmented) else None, 'sha256': digest.hexdigest()}
 
-# %% ../nbs/training/11_compare.ipynb #b859c219
+# %% ../nbs/training/11_compare.ipynb #49b01567
 def _capped(budget, max_steps):
     if budget is None or max_steps is None: return budget
     if max_steps < 1: raise ValueError(f'max_steps must be 1 or more, got {max_steps}')
@@ -151,9 +151,10 @@ def teacher_of(
         return net, record
     if recipe.teacher_weights is not None: load_weights(net, recipe.teacher_weights)
     if (record := _record(folder)) is None:
-        net.to(PartialState().device)
+        net.to(processes_here().device)
         record = {'circumstances': circumstances(), 'metrics': evaluate(net, recipe.task, splits.valid, batch_size=recipe.budget.eval_batch, progress=progress), 'seconds': 0., 'steps': [], 'scores': []}
-        Path(folder).mkdir(parents=True, exist_ok=True); write_json(Path(folder) / 'record.json', record)
+        if processes_here().is_main_process: Path(folder).mkdir(parents=True, exist_ok=True); write_json(Path(folder) / 'record.json', record)
+        processes_here().wait_for_everyone()
     return net, record
 
 # %% ../nbs/training/11_compare.ipynb #f2097bc9
@@ -219,16 +220,16 @@ def find_recipe(
     if recipe in RECIPES: return RECIPES[recipe]
     raise ValueError(f'no recipe {recipe!r}: choose from {sorted(RECIPES)}')
 
-# %% ../nbs/training/11_compare.ipynb #941a4c6c
+# %% ../nbs/training/11_compare.ipynb #98c8b54f
 def _prepare(recipe, out, data_root, max_steps, **kind):
     "Recipe with capped budgets, its folder, its data: what comparing and training share."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError('comparisons run in one process; several are for your own script around `fit`')
+    here = processes_here()
     recipe = find_recipe(recipe)
     recipe = replace(recipe, budget=_capped(recipe.budget, max_steps), teacher_budget=_capped(recipe.teacher_budget, max_steps))
     splits = _splits(recipe, data_root)                      # before the folder: wrong data leaves nothing behind
     loaded = hashlib.sha256(Path(recipe.teacher_weights).read_bytes()).hexdigest() if recipe.teacher_weights is not None else None
     settings = {**kind, 'recipe': describe(recipe), 'teacher_weights': loaded, 'max_steps': max_steps, 'data': {k: _data_print(v) for k, v in splits._asdict().items()}}
-    return recipe, open_folder(out, settings), splits
+    with here.main_process_first(): return recipe, open_folder(out, settings), splits
 
 def _results(recipe, teacher, record, records, command):
     "The results dictionary from the teacher's record and the students' by (method, seed): one format for comparisons, single runs and the ledger."
@@ -244,7 +245,7 @@ def _command(program, recipe, **flags):
     if RECIPES.get(recipe.name) is not recipe: program = f"# a recipe of one's own, from Python: {program}"
     return program + ' ' + shlex.join(str(a) for k, v in flags.items() if v is not None for a in (f'--{k}', v))
 
-# %% ../nbs/training/11_compare.ipynb #39487da5
+# %% ../nbs/training/11_compare.ipynb #07910683
 def compare(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of the comparison: new, or one to continue
@@ -263,7 +264,8 @@ def compare(
     command = _command('kdnotes_compare', find_recipe(recipe), out=out, data_root=data_root, methods=None if methods is None else ','.join(chosen[1:]),
                        seeds=seeds, max_steps=max_steps, ledger=ledger)
     recipe, out, splits = _prepare(recipe, out, data_root, max_steps, kind='compare')
-    say = print if progress else (lambda *a, **k: None)
+    main = processes_here().is_main_process
+    say = print if progress and main else (lambda *a, **k: None)
     teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress)
     metric, records = recipe.task.metric, {}
     say(f"teacher: {metric} {record['metrics'][metric]:.4f}", flush=True)
@@ -272,12 +274,14 @@ def compare(
             records[method, seed] = done = student_of(recipe, method, seed, teacher, splits, out / 'runs' / f'{method}-{seed}', progress=progress)
             say(f"seed {seed}, {method}: {metric} {done['metrics'][metric]:.4f}", flush=True)
     results = _results(recipe, teacher, record, records, command)
-    write_json(out / 'results.json', results)
-    write_report(results, out / 'report.html', pictures=_pictures(recipe, splits, teacher, chosen, out), settings=describe(recipe))
-    if ledger is not None: write_json(Path('data') / 'ledger' / f'{ledger}.json', results)
+    if main:
+        write_json(out / 'results.json', results)
+        write_report(results, out / 'report.html', pictures=_pictures(recipe, splits, teacher, chosen, out), settings=describe(recipe))
+        if ledger is not None: write_json(Path('data') / 'ledger' / f'{ledger}.json', results)
+    processes_here().wait_for_everyone()
     return results
 
-# %% ../nbs/training/11_compare.ipynb #50aa61e6
+# %% ../nbs/training/11_compare.ipynb #bae4e6b5
 def train(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of the run
@@ -293,13 +297,16 @@ def train(
     full = find_recipe(recipe)
     method = method if method is not None else next((m for m in full.methods if m != 'none'), 'none')
     if method not in full.methods: raise ValueError(f'recipe {full.name!r} has no method {method!r}: choose from {list(full.methods)}')
-    if (Path(out) / 'settings.json').exists() and not resume: raise FileExistsError(f'{out} holds a run already: resume goes on with it, another folder starts anew')
+    used = (Path(out) / 'settings.json').exists()
+    processes_here().wait_for_everyone()                     # all have looked before one writes
+    if used and not resume: raise FileExistsError(f'{out} holds a run already: resume goes on with it, another folder starts anew')
     command = _command('kdnotes_train', full, method=method, data_root=data_root, out=out, seed=seed, max_steps=max_steps)
     recipe, out, splits = _prepare(full, out, data_root, max_steps, kind='train', method=method, seed=seed)
     teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress)
     done = student_of(recipe, method, seed, teacher, splits, out / 'runs' / f'{method}-{seed}', progress=progress)
     results = _results(recipe, teacher, record, {(method, seed): done}, command)
-    write_json(out / 'results.json', results)
+    if processes_here().is_main_process: write_json(out / 'results.json', results)
+    processes_here().wait_for_everyone()
     return results
 
 # %% ../nbs/training/11_compare.ipynb #68989517
@@ -324,7 +331,7 @@ def _run(parser, job, argv):
     except KeyboardInterrupt as e: print(f'\n{parser.prog}: interrupted ({e}); the same command continues{" with --resume" if parser.prog == "kdnotes_train" else ""}', file=sys.stderr); sys.exit(130)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e: print(f'{parser.prog}: {e}', file=sys.stderr); sys.exit(2)
 
-# %% ../nbs/training/11_compare.ipynb #45174fd8
+# %% ../nbs/training/11_compare.ipynb #4f06ea52
 def compare_cli(
     argv=None,     # arguments; those of the process if None
 ):
@@ -333,6 +340,7 @@ def compare_cli(
              'seeds': dict(type=int, default=5, metavar='N', help='seeds 0 .. N-1 (default 5)'), 'ledger': dict(metavar='NAME', help='also write data/ledger/NAME.json')}
     def job(**args):
         results = compare(**args)
+        if not processes_here().is_main_process: return
         print(f"\n{results['recipe']}: {results['metric']}, teacher {results['teacher']['metrics'][results['metric']]:.4f}")
         for sentence in sentences(results): print(' ', sentence)
         print(f"report: {Path(args['out']) / 'report.html'}")
@@ -346,5 +354,6 @@ def train_cli(
              'seed': dict(type=int, default=0, metavar='N', help='seed of start and batches'), 'resume': dict(action='store_true', help='go on with what is in DIR')}
     def job(**args):
         results = train(**args); run = results['runs'][0]
+        if not processes_here().is_main_process: return
         print(f"{run['method']}, seed {run['seed']}: {results['metric']} {run['metrics'][results['metric']]:.4f}")
     _run(_parser('kdnotes_train', 'Train one student with one method of a recipe.', flags), job, argv)

@@ -1,5 +1,8 @@
 """Counts aloud what did not run and why: a skip should never hide."""
-import os
+import datetime, json, os, platform, subprocess
+from pathlib import Path
+
+import pytest
 
 if os.environ.get('KDNOTES_GPU') != '1': os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')      # equal bits are promised on a CPU
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -8,6 +11,22 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'soak: takes long; `make soak`')
+
+
+@pytest.fixture
+def ledger():
+    "Keep the figures of a long run, with date and commit, in data/ledger/soak/NAME.json; `make soak` asks for it."
+    def keep(name, figures):
+        if os.environ.get('KDNOTES_LEDGER') != '1': return
+        import torch
+        root = Path(__file__).parent.parent
+        git = lambda *args: subprocess.run(['git', *args], cwd=root, capture_output=True, text=True).stdout.strip()
+        about = {'date': datetime.date.today().isoformat(), 'commit': git('rev-parse', 'HEAD') + '+changes' * bool(git('status', '--porcelain', '--untracked-files=no')),
+                 'device': f'cpu ({torch.get_num_threads()} threads)', 'python': platform.python_version(), 'torch': torch.__version__}
+        file = root / 'data/ledger/soak' / f'{name}.json'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**about, **figures}, indent=1) + '\n')
+    return keep
 
 
 def pytest_terminal_summary(terminalreporter):
