@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Callable
 from .divergence import check_temperature
 
-# %% ../../nbs/losses/13_conventions.ipynb #351d9b98
+# %% ../../nbs/losses/13_conventions.ipynb #7170617c
 @dataclass(frozen=True)
 class Convention:
     "How one source scales a loss."
@@ -22,46 +22,43 @@ class Convention:
 
 def _as_ours(n): return 1.
 
-_VECTORS = {
-    'kdnotes':      Convention('T^2/B sum KL', _as_ours),
-    'paper':        Convention('T^2/B sum of cross-entropies', _as_ours),
-    'mmrazor':      Convention('T^2/B sum KL', _as_ours),
-    'torchdistill': Convention('1/B sum KL, no T^2 (alpha None or 0)', lambda n: 1 / n.T**2)}
-
-# %% ../../nbs/losses/13_conventions.ipynb #1c0542ba
-_PIXELS = {
-    'kdnotes':    Convention('T^2/(B H W) sum KL', _as_ours),
-    'paper':      Convention('1/(H W) sum KL(student || teacher), the other direction', None, False),
-    'skd':        Convention('1/(H W) sum of cross-entropies, not divided by B', lambda n: n.B, False),
-    'skd_cvpr19': Convention('1/(B C 64 H W) sum KL of maps enlarged 8 times', None, False),
-    'ifvd':       Convention('1/(B C H W) sum KL, no T^2', lambda n: 1 / (n.C * n.T**2)),
-    'cwd':        Convention('1/(B C H W) sum KL, no T^2', lambda n: 1 / (n.C * n.T**2)),
-    'cirkd':      Convention('T^2/(B H W) sum KL', _as_ours),
-    'mmrazor':    Convention('T^2/B sum KL, summed over pixels', lambda n: n.H * n.W)}
-
-_CHANNELS = {
-    'kdnotes':    Convention('T^2/(B C) sum KL', _as_ours),
-    'paper':      Convention('T^2/C sum KL, per image', _as_ours),
-    'cwd':        Convention('T^2/(B C) sum KL', _as_ours),
-    'mmrazor':    Convention('T^2/(B C) sum KL', _as_ours),
-    'cirkd':      Convention("T^2/(B C_s) sum KL, C_s the student's channels before the adapter",
-                             lambda n: n.C / n.C_s)}
-
-# %% ../../nbs/losses/13_conventions.ipynb #7db40f14
 def _agreed(formula, sources, **others):
     "The book of a loss on whose scale `sources` agree; `others` are other functions: source -> formula."
     return ({s: Convention(formula, _as_ours) for s in ('kdnotes', *sources.split())}
             | {s: Convention(f, None) for s, f in others.items()})
 
+_VECTORS = _agreed('T^2/B sum KL', 'at repdistiller mdistiller mmrazor') | {
+    'paper':        Convention('T^2/B sum of cross-entropies', _as_ours),
+    'torchdistill': Convention('1/B sum KL, no T^2 (alpha None or 0)', lambda n: 1 / n.T**2)}
+
+# %% ../../nbs/losses/13_conventions.ipynb #49771d11
+_PIXELS = _agreed('T^2/(B H W) sum KL', 'cirkd') | {
+    'paper':      Convention('1/(H W) sum KL(student || teacher), the other direction', None, False),
+    'skd':        Convention('1/(H W) sum of cross-entropies, not divided by B', lambda n: n.B, False),
+    'skd_cvpr19': Convention('1/(B C 64 H W) sum KL of maps enlarged 8 times', None, False),
+    'ifvd':       Convention('1/(B C H W) sum KL, no T^2', lambda n: 1 / (n.C * n.T**2)),
+    'cwd':        Convention('1/(B C H W) sum KL, no T^2', lambda n: 1 / (n.C * n.T**2)),
+    'mmrazor':    Convention('T^2/B sum KL, summed over pixels', lambda n: n.H * n.W)}
+
+_CHANNELS = _agreed('T^2/(B C) sum KL', 'cwd mmrazor') | {
+    'paper':           Convention('T^2/C sum KL, per image', _as_ours),
+    'mmseg_distiller': Convention('T^2/(B C) sum of cross-entropies', _as_ours),
+    'cirkd': Convention("T^2/(B C_s) sum KL, C_s the student's channels before the adapter",
+                        lambda n: n.C / n.C_s)}
+
+# %% ../../nbs/losses/13_conventions.ipynb #c2e33266
+_PAIRS = _agreed(
+    '1/(B n^2) sum of squared cosine differences, for equal pooling', 'paper cirkd',
+    skd_cvpr19='1/(B n^2) sum of squared differences of the row softmax of the cosines (CriterionSDcos)') | {
+    'skd': Convention('as ours, but with a part along the vectors in the gradient (detached norm)', _as_ours)}
+
 CONVENTIONS = {
-    'soft_targets': _VECTORS, 'pixel_wise': _PIXELS, 'channel_wise': _CHANNELS,
-    'pair_wise': _agreed(
-        '1/(B n^2) sum of squared cosine differences, for equal pooling', 'paper skd cirkd',
-        skd_cvpr19='1/(B n^2) sum of squared differences of the row softmax of the cosines'),
+    'soft_targets': _VECTORS, 'pixel_wise': _PIXELS, 'channel_wise': _CHANNELS, 'pair_wise': _PAIRS,
     'local_affinity': _agreed(
-        'mean over B and interior (and 8 neighbours) of squared differences', 'paper skd skd_cvpr19'),
+        'mean over B and interior (and 8 neighbours) of squared differences', 'paper skd_cvpr19'),
     'attention_transfer': _agreed(
-        '1/(B H W) sum of squared differences of unit maps', 'mmrazor cirkd torchdistill',
+        '1/(B H W) sum of squared differences of unit maps',
+        'at repdistiller mdistiller mmrazor cirkd torchdistill',
         paper='1/B sum of norms (not squared) of differences of unit maps',
         zoo='as ours, but sum |x|^p / (norm + 1e-6): depends on the scale of the features'),
     'intra_class_variation': _agreed(
@@ -89,7 +86,7 @@ def _why_not(source, target, T):
     both = source.tempered and target.tempered
     return '' if T == 1 or both else f'one of them has no temperature, got {T:g}'
 
-# %% ../../nbs/losses/13_conventions.ipynb #94c88bbe
+# %% ../../nbs/losses/13_conventions.ipynb #bb7d4b1f
 def convert_weight(
     weight: float,                          # lambda of the source, finite and >= 0
     loss: str,                              # module name, a key of `CONVENTIONS`
@@ -102,6 +99,7 @@ def convert_weight(
 ) -> float:                                 # lambda of the target
     """The weight with which `target` gives the student the gradient that `source` gives with `weight`: (2).
 
+    `shape`: of the source's own training for its pull there, of yours for what its code would do with you.
     Raises ValueError naming both formulas where no weight does that, and for unknown names, shapes and
     temperatures."""
     if loss not in CONVENTIONS: raise ValueError(f'unknown loss {loss!r}: one of {sorted(CONVENTIONS)}')

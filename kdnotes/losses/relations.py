@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from .divergence import at_least_float32, check_pair
 
-# %% ../../nbs/losses/05_relations.ipynb #cb2fa1b3
+# %% ../../nbs/losses/05_relations.ipynb #e6f72195
 def nodes(
     x: Tensor,                  # features, (B,N,H,W), floating
     *,
@@ -21,12 +21,13 @@ def nodes(
 ) -> Tensor:                    # (B,N,ceil(H/height),ceil(W/width)), float32 or float64
     """Pool windows of pixels into the nodes of a graph; one that hangs over the border keeps what it has.
 
-    Raises ValueError unless given a floating map of four dimensions, two positive integers, 'avg' or 'max'.
+    Raises ValueError unless given a floating map with pixels, two positive integers, 'avg' or 'max'.
     Source: SKD, arXiv 1903.04197, which averages; its public code takes the maximum."""
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f'nodes are made from floating (B,N,H,W) maps, got {tuple(x.shape)} of {x.dtype}')
+    if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
+        raise ValueError('nodes are made from floating (B,N,H,W) maps that are not empty, '
+                         f'got {tuple(x.shape)} of {x.dtype}')
     two = isinstance(window, (tuple, list)) and len(window) == 2
-    if not (two and all(isinstance(w, int) and w > 0 for w in window)):
+    if not (two and all(type(w) is int and w > 0 for w in window)):
         raise ValueError(f'window is two positive integers, height and width in pixels; got {window!r}')
     size, x = tuple(min(w, s) for w, s in zip(window, x.shape[-2:])), at_least_float32(x)
     if pool == 'avg': return F.avg_pool2d(x, size, size, ceil_mode=True, count_include_pad=False)
@@ -79,7 +80,7 @@ def _through_length(gradient, x, length):
     "Gradient in the features from the gradient in their unit vectors x: equation (6)."
     return (gradient - x * (x * gradient).sum(1, keepdim=True)) / length
 
-# %% ../../nbs/losses/05_relations.ipynb #d6d3c631
+# %% ../../nbs/losses/05_relations.ipynb #5e307c37
 def _norm(x: Tensor) -> Tensor:
     "Frobenius norm of each matrix (B,K,L), as (B,)."
     return x.square().sum((1, 2)).sqrt()
@@ -94,11 +95,12 @@ def _grams_far(
     gx, gy = xx @ x, xy @ y
     xD = gx - gy                                                                                # (9)
     if rows:                                                                                    # (10)
-        return xD, (x * (gx - 2 * gy)).sum(1) + (y * (yy @ y)).sum(1), (_norm(xx) + _norm(yy))[:, None]
+        size = x.square().sum(1) * _norm(xx)[:, None] + y.square().sum(1) * _norm(yy)[:, None]
+        return xD, (x * (gx - 2 * gy)).sum(1) + (y * (yy @ y)).sum(1), size
     own = _norm(xx)**2 + _norm(yy)**2
     return xD, own - 2 * _norm(xy)**2, own                                                      # (8)
 
-# %% ../../nbs/losses/05_relations.ipynb #35dc664b
+# %% ../../nbs/losses/05_relations.ipynb #866e7edb
 def _grams_near(
     x: Tensor,     # unit features of the student, (B,N,n)
     y: Tensor,     # of the teacher, (B,N,n)
@@ -112,11 +114,11 @@ def _grams_near(
     xD = xd @ x + xy @ d                                        # x (d'x + y'd)
     if rows:                                                                                    # (12)
         square = (d * (xx @ d + 2 * (xd @ y))).sum(1) + (y * (dd @ y)).sum(1)
-        return xD, square, d.square().sum(1) * _norm(xx)[:, None] + _norm(dd)[:, None]
+        return xD, square, d.square().sum(1) * _norm(xx)[:, None] + y.square().sum(1) * _norm(dd)[:, None]
     yy = xy - dy
     return xD, (dd * (xx + yy) + 2 * xd * dy).sum((1, 2)), _norm(dd) * (_norm(xx) + _norm(yy))
 
-# %% ../../nbs/losses/05_relations.ipynb #bce04cb2
+# %% ../../nbs/losses/05_relations.ipynb #e05556dc
 class _Difference:
     "D = x'x - y'y, held as a'x + b'c and never formed as a whole."
     def __init__(self,
@@ -125,7 +127,7 @@ class _Difference:
         s, t = student.double(), teacher.double()
         length_s, length_t = _length(s), _length(t)
         x, y = s / length_s, t / length_t
-        diagonal = (length_s.isfinite().double() - length_t.isfinite().double()).squeeze(1)
+        diagonal = x.square().sum(1).round() - y.square().sum(1).round()      # of ones, zeros (or NaN)
         self.equal = x.shape == y.shape                                       # equal channel counts
         dtype = student.dtype if self.equal else torch.float64
         self.length, self.diagonal, self.x, self.y = (v.to(dtype) for v in (length_s, diagonal, x, y))
@@ -138,7 +140,7 @@ class _Difference:
         D[:, torch.arange(len(i), device=i.device), i] = self.diagonal[:, i]
         return D
 
-# %% ../../nbs/losses/05_relations.ipynb #7426a127
+# %% ../../nbs/losses/05_relations.ipynb #51dc8f9c
 def _inverse(r: Tensor) -> Tensor:
     "1/r, and 0 where r is 0: the weights of (7) for row lengths."
     return torch.where(r > 0, 1 / r, 0.).unsqueeze(1)
@@ -152,11 +154,11 @@ def _by_grams(
     xD, square, size = _grams_near(x, D.y, a, rows) if D.equal else _grams_far(x, D.y, rows)
     kept = (square >= size * (1e-4 if x.dtype == torch.float32 else 1e-8)).all()
     if not rows: return square.sum(), 4 * xD, kept
-    r = square.clamp_min(0).sqrt()
+    r = square.sqrt()                                           # NaN below 0, where nothing was kept
     xw = x * _inverse(r)
     return r.sum(), xD * _inverse(r) + (xw @ a.mT) @ x + (xw @ b.mT) @ c, kept                  # x (DW + WD)
 
-# %% ../../nbs/losses/05_relations.ipynb #10f6a3c6
+# %% ../../nbs/losses/05_relations.ipynb #fa85421f
 def _blocks(B: int, n: int, device: torch.device) -> tuple:
     "Indices of rows, in blocks of at most 2^22 entries of D (32 MB in float64)."
     return torch.arange(n, device=device).split(max(1, 2**22 // (B * n)))
@@ -174,7 +176,7 @@ def _by_rows(
         r = Di.square().sum(-1).sqrt()
         kept = kept & (r >= 1e4 * error).all()
         if rows:
-            r = r.where(r > error, 0.)
+            r = torch.where(r <= error, 0., r)                  # and a NaN stays a NaN
             gradient += (xi * _inverse(r)) @ Di                                                 # x W D
             gradient[..., i] += (D.x @ Di.mT) * _inverse(r)                                     # x D W
         else: gradient += 4 * xi @ Di
@@ -214,7 +216,7 @@ def _mean_over_images(sum_of, student: Tensor, teacher: Tensor, **how) -> Tensor
         gradient /= len(student)
     return _WithGradient.apply(student, (total / len(student)).to(student.dtype), gradient)
 
-# %% ../../nbs/losses/05_relations.ipynb #d465f0a7
+# %% ../../nbs/losses/05_relations.ipynb #a1b81ccf
 def all_pairs_gap(
     student: Tensor,        # nodes, (B,Ns,H,W); differentiable
     teacher: Tensor,        # nodes, (B,Nt,H,W); detached inside
@@ -225,7 +227,8 @@ def all_pairs_gap(
 
     rows=False: mean over the B n^2 edges of squared differences of cosines, equation (3) of the notebook.
     rows=True: mean over the B n rows of the L2 norm of a row of differences, equation (4).
-    Never negative; one position, or equal maps, give exactly 0 with zero gradient. Memory O(n N + N^2).
+    Never negative; equal maps, or one position (not zero on either side), give exactly 0 with zero gradient.
+    Memory O(n N + N^2).
     Raises ValueError naming both shapes unless these are floating (B,N,H,W) with equal B, H and W.
     Source: SKD, arXiv 1903.04197 (all pairs); KA, arXiv 1903.04688 (rows)."""
     return _mean_over_images(_all_pairs, student, teacher, rows=rows)
@@ -269,7 +272,7 @@ def _window(student: Tensor, teacher: Tensor, radius: int, interior: bool) -> tu
         return _window(student.double(), teacher.double(), radius, interior)
     return total / edges, _through_length(gradient, D.x, D.length) / edges
 
-# %% ../../nbs/losses/05_relations.ipynb #799d9d0f
+# %% ../../nbs/losses/05_relations.ipynb #e8857112
 def window_gap(
     student: Tensor,             # nodes, (B,Ns,H,W); differentiable
     teacher: Tensor,             # nodes, (B,Nt,H,W); detached inside
@@ -285,7 +288,7 @@ def window_gap(
     floating (B,N,H,W) with equal B, H and W.
     Source: SKD, arXiv 1903.04197 (connection range (2 radius + 1)^2); LOCAL, arXiv 1810.08476, in its cosine
     form (radius 1, interior)."""
-    if not isinstance(radius, int) or isinstance(radius, bool) or radius < 0:
+    if type(radius) is not int or radius < 0:
         raise ValueError(f'radius is an integer >= 0, got {radius!r}')
     return _mean_over_images(_window, student, teacher, radius=radius, interior=interior)
 
