@@ -1,0 +1,173 @@
+"""The shared file is the student, the whole student and nothing else; nothing of a stranger's file is executed."""
+import importlib.util, json, shutil, subprocess, sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import kdnotes.export as export
+from kdnotes.compare import train
+from kdnotes.distiller import Distiller
+from kdnotes.export import build_network, card_path, export_student, load_student, network_plan, open_run, read_card
+from kdnotes.networks import cifar_resnet, deeplabv3, espnetc, pspnet, tiny_student, tiny_teacher
+from kdnotes.recipes import RECIPES, scenes_data, scenes_recipe
+from kdnotes.taps import Taps
+from kdnotes.tasks import Segmentation, main_output
+
+needs_onnx = pytest.mark.skipif(not (importlib.util.find_spec('onnx') and importlib.util.find_spec('onnxscript')),
+                                reason='ONNX export: onnx and onnxscript are not installed (pip install "kdnotes[onnx]")')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('export') / 'run'
+    train(replace(scenes_recipe(), data=partial(scenes_data, labelled=4, teacher=4, valid=2)), folder, method='channel_wise', max_steps=1, progress=False)
+    return folder
+
+
+def left(folder): return sorted(p.name for p in folder.iterdir())
+
+
+def test_every_recipe_has_a_student_that_a_card_can_describe():
+    for name in RECIPES:
+        plan = json.loads(json.dumps(network_plan(RECIPES[name].student)))
+        with torch.device('meta'): built, own = build_network(plan), RECIPES[name].student()
+        assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in own.state_dict().items()}, name
+
+
+def test_the_file_holds_the_student_and_no_more(run, tmp_path):
+    card = export_student(run, tmp_path / 's.safetensors', progress=False)
+    ours, theirs = load_file(tmp_path / 's.safetensors'), load_file(run / 'runs/channel_wise-0/weights.safetensors')
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert left(tmp_path) == ['s.safetensors', 's.safetensors.json'] and read_card(tmp_path / 's.safetensors') == card
+    assert json.loads((run / 'results.json').read_text())['runs'][0]['metrics'] == card['metrics']
+
+
+@pytest.mark.parametrize('build, size', [
+    (partial(tiny_teacher, 4), (48, 64)), (partial(espnetc, num_classes=4), (48, 64)), (partial(cifar_resnet, 8, 10), (32, 32)),
+    (partial(pspnet, 'resnet18', num_classes=4, output_stride=32, channels=8, stem='plain'), (64, 96)),
+    (partial(deeplabv3, 'resnet18', num_classes=4, output_stride=32, channels=8), (64, 96))], ids=lambda x: x.func.__name__ if isinstance(x, partial) else '')
+def test_torch_files_are_equal_at_free_sizes(build, size, tmp_path):
+    card = export_student(build(), tmp_path / 's.pt2', size=size, progress=False)
+    assert card['check']['free'] == ['batch', 'height', 'width'] and card['check']['of the largest score'] < 1e-5
+    assert [s[0] for s in card['check']['images']] == [1, 3] and len({tuple(s[2:]) for s in card['check']['images']}) == 2
+
+
+@needs_onnx
+@pytest.mark.parametrize('build, size, free', [
+    (partial(cifar_resnet, 8, 10), (32, 32), True), (partial(tiny_teacher, 4), (48, 64), False),
+    pytest.param(partial(pspnet, 'resnet18', num_classes=4, output_stride=32, channels=8, stem='plain'), (64, 96), False, marks=pytest.mark.soak)],
+    ids=lambda x: x.func.__name__ if isinstance(x, partial) else '')
+def test_onnx_files_agree_and_say_what_is_free(build, size, free, tmp_path):
+    import onnx
+    net = build()
+    card = export_student(net, tmp_path / 's.onnx', size=size, progress=False)
+    assert ('height' in card['check']['free']) == free and 'batch' in card['check']['free'] and card['check']['of the largest score'] < 1e-4
+    graph = onnx.load(tmp_path / 's.onnx').graph
+    assert [o.name for o in graph.output] == ['out'] and [i.name for i in graph.input] == ['image']
+    assert not any('aux' in t.name for t in graph.initializer)
+
+
+@needs_onnx
+def test_without_onnxruntime_the_reference_checks(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, '_onnx_runner', lambda: 'onnx')
+    card = export_student(tiny_student(3), tmp_path / 's.onnx', size=(32, 48), progress=False)
+    assert card['check']['by'].startswith('onnx ') and card['check']['of the largest score'] < 1e-5
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name.startswith('onnx') else found(name, *a))
+    with pytest.raises(RuntimeError, match=r'ONNX needs onnx and onnxscript: pip install "kdnotes\[onnx\]"'):
+        export_student(tiny_student(3), tmp_path / 's.onnx', size=(32, 48))
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'torch'])
+def test_a_writer_that_lies_or_dies_leaves_what_was_there(kind, tmp_path, monkeypatch):
+    path = tmp_path / f's{export._ENDINGS[kind]}'
+    export_student(tiny_student(3), path, size=(32, 48), progress=False)
+    before, right = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, export._WRITERS[kind]
+    def lies(net, file, image, free):
+        for p in net.parameters(): p.data.mul_(1.001)
+        right(net, file, image, free)
+        for p in net.parameters(): p.data.div_(1.001)
+    def dies(*_): raise KeyError('disk on fire')
+    for wrong, message in ((lies, 'differ by'), (dies, 'disk on fire')):
+        monkeypatch.setitem(export._WRITERS, kind, wrong)
+        with pytest.raises(RuntimeError, match=f'is not written.*{message}'): export_student(tiny_student(3), path, size=(32, 48))
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_wrapped_and_compiled_students_are_taken_out(tmp_path):
+    student = tiny_student(3)
+    distiller = Distiller(student, tiny_teacher(3), Segmentation(3), [])
+    for source in (distiller, nn.DataParallel(student), torch.compile(student)):
+        export_student(source, tmp_path / 's.safetensors', size=(32, 48), progress=False)
+        assert load_file(tmp_path / 's.safetensors').keys() == student.state_dict().keys()
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    with Taps(student, {'f': 'head.bottleneck'}), pytest.raises(ValueError, match='forward hooks'): export_student(student, tmp_path / 't.pt2', size=(32, 48))
+
+
+def test_reading_draws_nothing_and_gives_the_same_scores(run, tmp_path):
+    export_student(run, tmp_path / 's.safetensors', progress=False)
+    state = torch.get_rng_state()
+    net, card = load_student(tmp_path / 's.safetensors')
+    assert torch.equal(torch.get_rng_state(), state) and not net.training
+    image = torch.randn(2, 3, 40, 56)
+    with torch.no_grad(): assert torch.equal(main_output(net(image)), main_output(open_run(run)[0].eval()(image)))
+
+
+@pytest.mark.parametrize('plan', [
+    {'call': 'os.system', 'args': ['touch visited']}, {'call': 'kdnotes.networks.load_weights', 'args': []}, {'call': 'builtins.eval', 'args': ['1']},
+    {'call': 'kdnotes.networks.pspnet', 'args': ['local-dir:/etc'], 'num_classes': 3}, {'call': 'kdnotes.networks.pspnet', 'args': ['resnet18'], 'num_classes': 3, 'pretrained': True},
+    {'call': 'kdnotes.networks.tiny_student', 'args': [{'a': 1}]}, {'call': 'kdnotes.networks.tiny_student', 'args': ['__import__("os")']},
+    {'call': 'kdnotes.networks.tiny_student', 'args': 8}, {'call': ['kdnotes.networks.tiny_student']}, 'kdnotes.networks.tiny_student', None, [], 3])
+def test_a_strangers_plan_is_refused(run, tmp_path, plan):
+    card = export_student(run, tmp_path / 's.safetensors', progress=False)
+    card_path(tmp_path / 's.safetensors').write_text(json.dumps({**card, 'network': plan}))
+    with pytest.raises(ValueError): load_student(tmp_path / 's.safetensors')
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '3', '{"kdnotes": "other"}', '{"kdnotes": "kdnotes student, format 1"}', '{"kdnotes": "kdnotes student, format 1", "file": 3}'])
+def test_a_strangers_card_is_refused(tmp_path, text):
+    (tmp_path / 's.safetensors').write_bytes(b''); card_path(tmp_path / 's.safetensors').write_text(text)
+    with pytest.raises(ValueError, match='s.safetensors.json'): load_student(tmp_path / 's.safetensors')
+
+
+def test_one_changed_byte_is_noticed(run, tmp_path):
+    export_student(run, tmp_path / 's.safetensors', progress=False)
+    data = bytearray((tmp_path / 's.safetensors').read_bytes()); data[-1] ^= 1; (tmp_path / 's.safetensors').write_bytes(data)
+    with pytest.raises(ValueError, match='SHA-256 differs'): load_student(tmp_path / 's.safetensors')
+
+
+def test_several_runs_have_to_be_named(run, tmp_path):
+    many = shutil.copytree(run, tmp_path / 'many')
+    for name in ('none-0', 'none-12', 'a-b-3'): shutil.copytree(run / 'runs/channel_wise-0', many / 'runs' / name)
+    shutil.copytree(run / 'runs/channel_wise-0', many / 'runs/half-0'); (many / 'runs/half-0/record.json').unlink()       # not finished
+    for which in ({}, {'method': 'none'}, {'seed': 0}, {'method': 'half'}):
+        with pytest.raises(ValueError, match=r'finished runs fit .*\(method seed\): a-b 3, channel_wise 0, none 0, none 12$'): open_run(many, **which)
+    assert [open_run(many, method=m, seed=s)[1]['seed'] for m, s in (('none', 12), ('a-b', None), (None, 12))] == [12, 3, 12]
+
+
+def test_folders_that_do_not_fit(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no settings.json'): export_student(tmp_path, tmp_path / 's.pt2')
+    with pytest.raises(ValueError, match='students of another kind'): export_student(run, tmp_path / 's.pt2', recipe='camvid')
+    with pytest.raises(ValueError, match="no recipe 'nonsense'"): export_student(run, tmp_path / 's.pt2', recipe='nonsense')
+    assert left(tmp_path) == []
+
+
+def command(*flags, cwd):
+    return subprocess.run([sys.executable, '-c', 'from kdnotes.export import export_cli; export_cli()', *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command(run, tmp_path):
+    done = command('--run', run, '--method', 'channel_wise', '--seed', 0, '--out', 'sub/s.pt2', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 's.pt2: 21,672 parameters' in done.stdout and 'free: batch, height, width' in done.stdout
+    assert left(tmp_path / 'sub') == ['s.pt2', 's.pt2.json']
+    wrong = command('--run', run, '--seed', 7, '--out', 's.pt2', cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.startswith('kdnotes_export: 0 finished runs fit') and 'Traceback' not in wrong.stderr
