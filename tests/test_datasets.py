@@ -312,6 +312,418 @@ def test_cityscapes_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match='leftImg8bit.png here'): D.Cityscapes(root)
 
 
+# ---- the other public sets: small trees of the official form
+
+def save(file, array):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(file)
+
+
+def pictures_and_masks(place, names, parts, masks):
+    for i, (name, mask) in enumerate(zip(names, masks, strict=True)):
+        save(place / parts[0] / f'{name}.jpg', picture(i, *mask.shape))
+        save(place / parts[1] / f'{name}.png', mask)
+
+
+def name_list(file, *names):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(''.join(f'{n}\n' for n in names))
+    return file
+
+
+def row_of(*ids): return np.array([ids] * 3, np.uint8)
+
+
+def voc(root, place='voc/VOCdevkit/VOC2012', aug='trainaug'):
+    for part in ('SegmentationClass', 'SegmentationClassAug'):
+        pictures_and_masks(root / place, ['a', 'b', 'c'], ('JPEGImages', part), [row_of(*range(21), 255)] * 3)
+    for split, names in (('train', 'a'), ('val', 'c'), (aug, 'ab')):
+        name_list(root / place / f'ImageSets/Segmentation/{split}.txt', *names)
+    return root
+
+
+def context(root, place='pascal_context'):
+    pictures_and_masks(root / place, ['a', 'b'], ('JPEGImages', 'SegmentationClassContext'), [row_of(*range(60))] * 2)
+    for split, name in (('train', 'a'), ('val', 'b')): name_list(root / place / f'ImageSets/SegmentationContext/{split}.txt', name)
+    return root
+
+
+def ade(root):
+    for part in ('training', 'validation'):
+        pictures_and_masks(root / 'ade20k/ADEChallengeData2016', [f'ADE_{part}_1'], (f'images/{part}', f'annotations/{part}'),
+                           [row_of(*range(151))])
+    return root
+
+
+def nyu(root):
+    for split in ('train', 'val'):
+        save(root / f'nyu/{split}/images/1.jpg', picture())
+        save(root / f'nyu/{split}/depth/1.png', np.arange(12 * 17, dtype=np.uint16).reshape(12, 17) * 50)
+    return root
+
+
+def coco(root, annotations=None, categories=None, images=None):
+    if images is None: images = [dict(id=i, file_name=f'{i}.jpg', height=12, width=17) for i in (9, 3)]
+    if annotations is None:
+        annotations = [dict(id=1, image_id=9, category_id=90, bbox=[1, 2, 3.5, 4], iscrowd=0, segmentation=[[1, 2]]),
+                       dict(id=2, image_id=9, category_id=1, bbox=[0, 0, 17, 12], iscrowd=1),
+                       dict(id=3, image_id=9, category_id=1, bbox=[0, 0, 5, 0], iscrowd=0),
+                       dict(id=4, image_id=9, category_id=13, bbox=[-2, 5, 30, 5])]
+    if categories is None: categories = [dict(id=i, name=n) for i, n in D.COCO_IDS.items()]
+    for split in ('train', 'val'):
+        for i in (3, 9): save(root / f'coco/{split}2017/{i}.jpg', picture(i))
+        (root / 'coco/annotations').mkdir(exist_ok=True)
+        (root / f'coco/annotations/instances_{split}2017.json').write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    return root
+
+
+def cifar(root, rows=None, labels=None, names=None, protocol=2):
+    place = root / 'cifar100/cifar-100-python'
+    place.mkdir(parents=True, exist_ok=True)
+    if rows is None: rows = np.arange(4 * 3072).reshape(4, 3072).astype(np.uint8)
+    labels = [0, 99, 5, 7] if labels is None else labels
+    for name in ('train', 'test'): (place / name).write_bytes(pickle.dumps(dict(data=rows, fine_labels=labels), protocol))
+    (place / 'meta').write_bytes(pickle.dumps(dict(fine_label_names=names or [f'n{i}' for i in range(100)]), protocol))
+    return root
+
+
+def image_folder(root, splits=('train', 'val')):
+    for split in splits:
+        for c in ('cat', 'dog'):
+            for i in range(2): save(root / f'imagefolder/{split}/{c}/{i}.png', picture(i))
+    return root
+
+
+ALL = dict(VOC=voc, PascalContext=context, ADE20K=ade, NYUDepth=nyu, CocoDetection=coco, CIFAR100=cifar, ImageFolder=image_folder,
+           Cityscapes=lambda root: cityscapes(cityscapes(root), 'val'))
+
+
+def make(name, root, **options): return getattr(D, name)(root, **options, **({'official': False} if name == 'CIFAR100' else {}))
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_every_set_keeps_the_common_contract(tmp_path, monkeypatch, name):
+    ALL[name](tmp_path)
+    for split in getattr(D, name).splits:
+        dataset = make(name, tmp_path, split=split)
+        assert isinstance(dataset, D.RawSet) and len(dataset) >= 1 and dataset.task in ('segmentation', 'depth', 'detection', 'classification')
+        sample = dataset[0]
+        assert isinstance(sample['image'], tv_tensors.Image) and sample['image'].dtype == torch.uint8 and sample['image'].shape[0] == 3
+        keys = dict(segmentation={'mask'}, depth={'depth'}, detection={'boxes', 'labels', 'image_id'}, classification={'label'})
+        assert set(sample) == {'image'} | keys[dataset.task]
+        assert len(list(dataset)) == len(dataset)                                  # IndexError ends a plain loop
+        if dataset.task != 'depth': assert dataset.num_classes == len(dataset.classes) == len(set(dataset.classes))
+        kept = D.InMemory(pickle.loads(pickle.dumps(dataset)))
+        assert equal(kept[0]['image'], sample['image'])
+    with pytest.raises(ValueError, match="split must be train.* or val, got 'test'"): make(name, tmp_path, split='test')
+    with pytest.raises(ValueError, match=f'give it Augmented.*{name}'): D.train_loader(dataset, 2, steps=1)
+    monkeypatch.setenv('KDNOTES_DATA', str(tmp_path))
+    assert len(make(name, None, split='val')) >= 1
+    (tmp_path / 'nothing').mkdir()
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / 'nothing')): make(name, tmp_path / 'nothing', split='train')
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_every_set_trains_and_is_scored(tmp_path, name):
+    ALL[name](tmp_path)
+    dataset = make(name, tmp_path, split='train')
+    for transform in (D.train_transform(crop=16), D.cifar_transform(size=10), D.imagenet_transform(size=8)):
+        out = D.Augmented(dataset, transform)[3, 0]
+        assert all(type(v) in (torch.Tensor, int) for v in out.values()) and out['image'].dtype == torch.float32
+        for key in ('mask', 'depth'):
+            if key in out: assert out[key].shape == out['image'].shape[1:]
+        if 'boxes' in out: assert len(out['boxes']) == len(out['labels'])
+    batch = next(iter(D.eval_loader(D.Augmented(dataset, D.eval_transform()))))
+    if dataset.task == 'classification': assert batch['label'].dtype == torch.int64 and batch['label'].shape == (1,)
+    if dataset.task == 'depth': assert batch['depth'].dtype == torch.float32
+
+
+@pytest.mark.parametrize('place', ['voc/VOCdevkit/VOC2012', 'voc/VOC2012'])
+@pytest.mark.parametrize('aug', ['train_aug', 'trainaug'])
+def test_voc(tmp_path, place, aug):
+    voc(tmp_path, place, aug)
+    sets = {split: D.VOC(tmp_path, split=split) for split in D.VOC.splits}
+    assert {s: [i.stem for i, _ in d.pairs] for s, d in sets.items()} == dict(train=['a'], val=['c'], train_aug=['a', 'b'])
+    assert {s: d.pairs[0][1].parent.name for s, d in sets.items()} == dict(train='SegmentationClass', val='SegmentationClass',
+                                                                             train_aug='SegmentationClassAug')
+    assert sets['val'][0]['mask'][0].tolist() == [*range(21), 255] and sets['val'].ignored == 'ids 255'
+    assert D.VOC_CLASSES[0] == 'background' and D.VOC_CLASSES[15] == 'person' and D.VOC_CLASSES[20] == 'tvmonitor'
+    assert D.VOC_PALETTE[:3] == ((0, 0, 0), (128, 0, 0), (0, 128, 0)) and D.VOC_PALETTE[15] == (192, 128, 128)
+
+
+def test_wrong_voc_trees(tmp_path):
+    with pytest.raises(FileNotFoundError, match='voc: expected the folder VOCdevkit/VOC2012 or VOC2012 here'): D.VOC(tmp_path)
+    place = voc(tmp_path) / 'voc/VOCdevkit/VOC2012'
+    save(place / 'SegmentationClass/a.png', row_of(*range(22)))
+    with pytest.raises(ValueError, match='a.png: label 21 is out of range, allowed are classes 0..20 and ignored 255'): D.VOC(tmp_path)[0]
+    save(place / 'SegmentationClass/a.png', row_of(0, 1))
+    with pytest.raises(ValueError, match=r'a.png: expected \(3, 22\) .*a.jpg, got \(3, 2\)'): D.VOC(tmp_path)[0]
+    (place / 'SegmentationClass/a.png').unlink()
+    with pytest.raises(FileNotFoundError, match='1 files that .*train.txt names do not exist: .*SegmentationClass/a.png'): D.VOC(tmp_path)
+    (place / 'ImageSets/Segmentation/trainaug.txt').unlink()
+    with pytest.raises(FileNotFoundError, match='expected the list train_aug.txt or trainaug.txt'): D.VOC(tmp_path, split='train_aug')
+
+
+@pytest.mark.parametrize('text,rule', [
+    (b'', 'no names'), (b'\n \n', 'no names'), (b'a\nb\na\n', 'more than once'), (b'a b\n', "got 'a b'"), (b'../a\n', "got '../a'"),
+    (b'..\n', "got '..'"), (b'/a\n', "got '/a'"), (b'a\\b\n', 'plain name'), (b'a\0b\n', 'plain name'), (b'\xff\xfe', 'not a text file')])
+def test_lists_are_read_strictly(tmp_path, text, rule):
+    (tmp_path / 'l.txt').write_bytes(text)
+    rule = 'the list is empty' if rule == 'no names' else rule
+    with pytest.raises(ValueError, match=f'l.txt: .*{rule}'): D.read_list(tmp_path / 'l.txt')
+
+
+def test_lists(tmp_path):
+    (tmp_path / 'l.txt').write_bytes(b'2007_000032 \r\n\nb.x-1\n')
+    assert D.read_list(tmp_path / 'l.txt') == ['2007_000032', 'b.x-1']
+    with pytest.raises(FileNotFoundError, match='none.txt: this list of names'): D.read_list(tmp_path / 'none.txt')
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=300)
+def test_no_list_leads_out_of_its_folder(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / 'fuzz.txt'
+    file.write_bytes(content)
+    try: names = D.read_list(file)
+    except ValueError as error: assert str(error).startswith(f'{file}: ')
+    else:
+        for name in names: assert (file.parent / f'{name}.png').resolve().parent == file.parent.resolve() and name[0] != '.'
+
+
+@pytest.mark.parametrize('place', ['pascal_context', 'pascal_context/VOC2010', 'pascal_context/VOCdevkit/VOC2010'])
+def test_pascal_context(tmp_path, place):
+    context(tmp_path, place)
+    assert D.PascalContext(tmp_path, split='val')[0]['mask'][0].tolist() == [255, *range(59)]
+    whole = D.PascalContext(tmp_path, split='val', num_classes=60)
+    assert whole[0]['mask'][0].tolist() == [*range(60)] and whole.classes[1:] == D.CONTEXT_CLASSES and whole.ignored == 'ids none'
+    assert D.CONTEXT_CLASSES[0] == 'aeroplane' and D.CONTEXT_CLASSES[49] == 'sky' and D.CONTEXT_CLASSES[58] == 'wood'
+    with pytest.raises(ValueError, match='59 or 60, got 33'): D.PascalContext(tmp_path, num_classes=33)
+    save(tmp_path / place / 'SegmentationClassContext/a.png', row_of(*range(1, 61)))
+    with pytest.raises(ValueError, match='a.png: label 60 is out of range'): D.PascalContext(tmp_path)[0]
+
+
+def test_pascal_context_elsewhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match='pascal_context: expected the folder JPEGImages or VOCdevkit'): D.PascalContext(tmp_path)
+    (context(tmp_path) / 'pascal_context/ImageSets/SegmentationContext/val.txt').unlink()
+    with pytest.raises(FileNotFoundError, match='SegmentationContext/val.txt: this list'): D.PascalContext(tmp_path, split='val')
+
+
+def test_ade20k(tmp_path):
+    dataset = D.ADE20K(ade(tmp_path), split='val')
+    assert dataset.pairs[0][0].parent.name == 'validation' and dataset[0]['mask'][0].tolist() == [255, *range(150)]
+    assert [D.ADE20K_CLASSES[i] for i in (0, 2, 6, 20, 76, 149)] == ['wall', 'sky', 'road', 'car', 'boat', 'flag']
+    place = tmp_path / 'ade20k/ADEChallengeData2016'
+    save(place / 'annotations/training/ADE_training_1.png', row_of(*range(1, 152)))
+    with pytest.raises(ValueError, match='ADE_training_1.png: label 151 is out of range'): D.ADE20K(tmp_path)[0]
+    (place / 'annotations/training/ADE_training_1.png').unlink()
+    with pytest.raises(FileNotFoundError, match='annotations/training: no masks here'): D.ADE20K(tmp_path)
+    (place / 'annotations/training').rmdir()
+    with pytest.raises(FileNotFoundError, match='annotations/training: the folder of masks does not exist'): D.ADE20K(tmp_path)
+
+
+def test_nyu_depth(tmp_path):
+    depth = D.NYUDepth(nyu(tmp_path), split='val')[0]['depth']
+    assert type(depth) is D.Depth and depth.dtype == torch.float32 and depth.shape == (12, 17)
+    assert depth[0, 0] == 0 and depth[0, 3] == torch.tensor(.15) and depth.max() == torch.tensor(10.15)
+    place = tmp_path / 'nyu/train'
+    for array, rule in ((np.zeros((12, 17), np.uint8), 'expected one channel of 16 bits .millimetres., got mode L'),
+                        (picture(), 'expected one channel of 16 bits .millimetres., got mode RGB'),
+                        (np.ones((17, 12), np.uint16), r'expected \(12, 17\) .*1.jpg, got \(17, 12\)')):
+        save(place / 'depth/1.png', array)
+        with pytest.raises(ValueError, match=f'depth/1.png: {rule}'): D.NYUDepth(tmp_path)[0]
+    save(place / 'depth/2.png', np.ones((12, 17), np.uint16))
+    with pytest.raises(ValueError, match='1 x depth map without an image in .*train/images: 2.png'): D.NYUDepth(tmp_path)
+    (place / 'depth').rename(place / 'depths')
+    with pytest.raises(FileNotFoundError, match='train/depth: the folder of depth maps does not exist'): D.NYUDepth(tmp_path)
+
+
+def test_depth_of_65_metres_keeps_every_millimetre(tmp_path):
+    save(tmp_path / 'd.png', np.arange(65536, dtype=np.uint16).reshape(256, 256))
+    assert equal((torch.Tensor(D.read_depth(tmp_path / 'd.png')).double() * 1000).round().long().flatten(), torch.arange(65536))
+
+
+# ---- boxes
+
+def test_coco(tmp_path):
+    empty, full = D.CocoDetection(coco(tmp_path), split='val')            # images in the order of their ids
+    assert empty['image_id'] == 3 and empty['boxes'].shape == (0, 4) and empty['labels'].shape == (0,)
+    assert type(full['boxes']) is tv_tensors.BoundingBoxes and full['boxes'].canvas_size == (12, 17) and full['boxes'].dtype == torch.float32
+    assert full['boxes'].tolist() == [[1, 2, 4.5, 6], [0, 5, 17, 10]] and full['labels'].tolist() == [79, 11]
+    assert [D.COCO_CLASSES[i] for i in (0, 11, 79)] == ['person', 'stop sign', 'toothbrush'] and len(D.COCO_CLASSES) == 80
+    assert equal(torch.as_tensor(full['image']).shape, (3, 12, 17))
+    moved = D.train_transform(crop=(12, 17), scale=(1, 1), flip=1.)(full)
+    assert moved['boxes'].tolist() == [[12.5, 2, 16, 6], [0, 5, 17, 10]] and type(moved['boxes']) is torch.Tensor
+
+
+ONE = dict(id=1, image_id=9, category_id=1, bbox=[1, 2, 3, 4], iscrowd=0)
+
+@pytest.mark.parametrize('change,rule', [
+    (dict(image_id=4), 'its image_id is none of the images: .*"image_id": 4'), (dict(category_id=12), 'its category_id is none of the categories'),
+    (dict(bbox=[1, 2, -3, 4]), 'bbox must be'), (dict(bbox=[float('nan'), 2, 3, 4]), 'bbox must be'),
+    (dict(bbox=[1, 2, float('inf'), 4]), 'bbox must be'), (dict(bbox=[17, 2, 3, 4]), 'the box lies outside its image'),
+    (dict(bbox=[1, -9, 3, 4]), 'the box lies outside its image'), (dict(bbox=[1, 2, 3]), "not boxes in COCO's form"),
+    (dict(bbox='abcd'), "not boxes in COCO's form"), (dict(bbox=None), "not boxes in COCO's form"),
+    (dict(bbox=[10 ** 400, 0, 1, 1]), "not boxes in COCO's form")])
+def test_wrong_boxes_are_named(tmp_path, change, rule):
+    with pytest.raises(ValueError, match=f'instances_train2017.json: {rule}'): D.CocoDetection(coco(tmp_path, [ONE | change]))
+
+
+@pytest.mark.parametrize('content', [
+    '', '[]', '{', 'null', '3', '"x"', '{"images": [], "annotations": [], "categories": []}', '{"images": {}, "annotations": 1}',
+    '{"images": [{"id": 1}], "annotations": [], "categories": []}', '\ud800', '[' * 100_000,
+    '{"images": [{"id": [], "file_name": "a", "height": 1, "width": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
+    '{"images": [{"id": 1, "file_name": "a", "height": 1e999, "width": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}'])
+def test_files_that_are_no_coco_file(tmp_path, content):
+    (tmp_path / 'x.json').write_bytes(content.encode('utf-8', 'surrogatepass'))
+    with pytest.raises(ValueError, match="x.json: not boxes in COCO's form"): D.DetectionFolder(tmp_path, tmp_path / 'x.json')
+
+
+@pytest.mark.parametrize('record,kind,rule', [
+    (dict(id=3, file_name='/etc/hostname', height=1, width=1), ValueError, "image 3: '/etc/hostname' would lie outside"),
+    (dict(id=3, file_name='../9.jpg', height=12, width=17), ValueError, "image 3: '../9.jpg' would lie outside"),
+    (dict(id=3, file_name='4.jpg', height=12, width=17), FileNotFoundError, '1 images that .* names do not exist: .*train2017/4.jpg'),
+    (dict(id=9, file_name='9.jpg', height=12, width=17), ValueError, 'one id')])
+def test_wrong_images_of_a_coco_file(tmp_path, record, kind, rule):
+    images = [dict(id=9, file_name='9.jpg', height=12, width=17), record]
+    with pytest.raises(kind, match=rule): D.CocoDetection(coco(tmp_path, images=images))
+
+
+def test_coco_wants_its_own_categories_and_sizes(tmp_path):
+    coco(tmp_path, [ONE], categories=[dict(id=1, name='cell'), dict(id=0, name='plate')])
+    with pytest.raises(ValueError, match=r'expected the 80 categories of COCO, got others \(2\); .*DetectionFolder'): D.CocoDetection(tmp_path)
+    own = D.DetectionFolder(tmp_path / 'coco/train2017', tmp_path / 'coco/annotations/instances_train2017.json')
+    assert own.classes == ('plate', 'cell') and own[1]['labels'].tolist() == [1]
+    coco(tmp_path, [], images=[dict(id=9, file_name='9.jpg', height=17, width=12)])
+    with pytest.raises(ValueError, match=r'2017.json: expected \(12, 17\) .*9.jpg, got \(17, 12\)'): D.CocoDetection(tmp_path)[0]
+    assert len(D.CocoDetection(tmp_path)) == 1
+    with pytest.raises(FileNotFoundError, match='none.json: the file of boxes'): D.DetectionFolder(tmp_path, tmp_path / 'none.json')
+    with pytest.raises(FileNotFoundError, match='gone: the folder of images'): D.DetectionFolder(tmp_path / 'gone', tmp_path / 'none.json')
+
+
+@given(boxes=st.lists(st.tuples(st.sampled_from([3, 9]), st.integers(-4, 16), st.integers(-4, 11), st.integers(0, 30), st.integers(0, 30),
+                                st.booleans()), max_size=12))
+@settings(max_examples=100)
+def test_boxes_are_those_of_a_loop(tmp_path_factory, boxes):
+    root = tmp_path_factory.getbasetemp() / 'coco_loop'
+    boxes = [b for b in boxes if (b[1] + b[3] > 0 and b[2] + b[4] > 0) or not (b[3] and b[4])]
+    dataset = D.CocoDetection(coco(root, [dict(image_id=i, category_id=1, bbox=[x, y, w, h], iscrowd=int(c)) for i, x, y, w, h, c in boxes]))
+    for sample in dataset:
+        expected = [[max(x, 0), max(y, 0), min(x + w, 17), min(y + h, 12)] for i, x, y, w, h, c in boxes
+                    if i == sample['image_id'] and not c and w and h]
+        assert sample['boxes'].tolist() == expected and len(sample['labels']) == len(expected)
+
+
+# ---- classes
+
+@pytest.mark.parametrize('protocol', [0, 1, 2, 3, 4])
+def test_cifar100(tmp_path, protocol):
+    dataset = D.CIFAR100(cifar(tmp_path, protocol=protocol), split='val', official=False)
+    assert len(dataset) == 4 and dataset.num_classes == 100 and dataset.classes[99] == 'n99'
+    assert [s['label'] for s in dataset] == [0, 99, 5, 7] and type(dataset[1]['label']) is int
+    rows = np.arange(4 * 3072).reshape(4, 3, 32, 32).astype(np.uint8)
+    assert all(equal(s['image'], torch.from_numpy(r)) for s, r in zip(dataset, rows, strict=True))
+
+
+def test_cifar100_reads_the_pickles_of_python_2(tmp_path):
+    place = cifar(tmp_path) / 'cifar100/cifar-100-python'
+    text = lambda b: b'T' + struct.pack('<i', len(b)) + b                      # str of Python 2: BINSTRING
+    array = (b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t' + text(b'b') + b'tR(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n('
+             + text(b'u1') + b'K\0K\x01tR(K\x03' + text(b'|') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89' + text(bytes(range(256)) * 12) + b'tb')
+    (place / 'train').write_bytes(b'\x80\x02}(' + text(b'data') + array + text(b'fine_labels') + b']K\x07au.')
+    sample = D.CIFAR100(tmp_path, official=False)[0]
+    assert sample['label'] == 7 and equal(sample['image'].flatten(), torch.arange(256, dtype=torch.uint8).repeat(12))
+
+
+def test_cifar100_wants_the_official_files_unless_told_otherwise(tmp_path):
+    with pytest.raises(FileNotFoundError, match='cifar-100-python/train: this file of CIFAR-100'): D.CIFAR100(tmp_path)
+    cifar(tmp_path)
+    for split, file, md5 in (('train', 'train', '16019d7e3df5f24257cddd939b257f8d'), ('val', 'test', 'f0ef6b0ae62326f3e7ffdfab6717acfc')):
+        with pytest.raises(ValueError, match=f'{file}: md5 .* is not the official {md5}; official=False'): D.CIFAR100(tmp_path, split=split)
+
+
+class Evil:
+    def __init__(self, function, *arguments): self.what = function, arguments
+    def __reduce__(self): return self.what
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4])
+@pytest.mark.parametrize('where', ['train', 'meta'])
+def test_a_pickle_never_runs_anything(tmp_path, protocol, where):
+    place, witness = cifar(tmp_path) / 'cifar100/cifar-100-python', tmp_path / 'witness'
+    for evil in (Evil(os.mkdir, str(witness)), Evil(eval, f'__import__("os").mkdir({str(witness)!r})'), Evil(np.fromfile, str(witness))):
+        (place / where).write_bytes(pickle.dumps({'data': evil, 'fine_label_names': evil}, protocol))
+        with pytest.raises(ValueError, match=f'{where}: not plain data .it names '): D.CIFAR100(tmp_path, official=False)
+    assert not witness.exists()
+    for code in (b'cnumpy\nndarray.__init__\n.', b'\x80\x04\x8c\x05numpy\x8c\x10ndarray.__init__\x93.', b'cbuiltins\ngetattr\n.', b'Pid\n.',
+                 b'cnumpy\nndarray\n(K\x01K\x01J\x00\x00\x00\x10K\0tb.', b'ios\nmkdir\n(.', b'.', b'', b'\x80\x02.', b'\x80\xff'):
+        (place / where).write_bytes(code)
+        with pytest.raises(ValueError, match=f'{where}: not plain data'): D.CIFAR100(tmp_path, official=False)
+
+
+def test_a_pickle_cut_anywhere_is_refused(tmp_path):
+    place = cifar(tmp_path, rows=np.zeros((1, 3072), np.uint8), labels=[3]) / 'cifar100/cifar-100-python'
+    data = (place / 'train').read_bytes()
+    for n in [*range(0, 200), *range(len(data) - 60, len(data))]:
+        (place / 'train').write_bytes(data[:n])
+        with pytest.raises(ValueError, match='train: not plain data'): D.CIFAR100(tmp_path, official=False)
+
+
+@pytest.mark.parametrize('options,rule', [
+    (dict(labels=[0, 1, 2]), 'train: expected fine_labels, a list of 4'), (dict(labels=[0, 1, 2, 100]), 'train: label 100 is out of range, allowed are 0..99'),
+    (dict(labels=[0, 1, 2, -1]), 'label -1 is out of range'), (dict(labels=[0, 1, 2, '3']), "label '3' is out of range"),
+    (dict(labels='0123'), 'train: expected fine_labels'), (dict(rows=np.zeros((4, 3072))), 'train: not plain data .an array that is not rows of bytes'),
+    (dict(rows=np.zeros((4, 3072), np.int8)), 'not rows of bytes'), (dict(rows=np.zeros((4, 3071), np.uint8)), r'train: expected data of shape \(n, 3072\)'),
+    (dict(rows=np.zeros(3072, np.uint8)), 'expected data of shape'), (dict(rows=[[0] * 3072] * 4), 'expected data of shape'),
+    (dict(rows=np.zeros((4, 3072), object)), 'not rows of bytes'), (dict(rows=np.zeros((3072, 4), np.uint8).T), 'not rows of bytes'),
+    (dict(names=['a'] * 100), 'meta: expected fine_label_names, a list of 100'), (dict(names=['a']), 'meta: expected fine_label_names')])
+def test_wrong_cifar_files(tmp_path, options, rule):
+    with pytest.raises(ValueError, match=rule): D.CIFAR100(cifar(tmp_path, **options), official=False)
+
+
+def test_image_folder(tmp_path):
+    dataset = D.ImageFolder(image_folder(tmp_path), split='val')
+    assert dataset.classes == ('cat', 'dog') and [s['label'] for s in dataset] == [0, 0, 1, 1]
+    assert equal(dataset[3]['image'].permute(1, 2, 0), picture(1))
+    (tmp_path / 'imagefolder/val/cat').rename(tmp_path / 'imagefolder/val/cow')
+    with pytest.raises(ValueError, match=r"imagefolder/val: .* those of train; missing \['cat'\], unknown \['cow'\]"): D.ImageFolder(tmp_path, split='val')
+    for file in (tmp_path / 'imagefolder/train/dog').iterdir(): file.unlink()
+    with pytest.raises(FileNotFoundError, match='dog'): D.ImageFolder(tmp_path)
+    (tmp_path / 'imagefolder/train').rename(tmp_path / 'imagefolder/training')
+    with pytest.raises(FileNotFoundError, match='imagefolder/train: this folder of classes'): D.ImageFolder(tmp_path, split='val')
+
+
+def test_a_broken_picture_of_a_folder_of_classes_is_named(tmp_path):
+    (image_folder(tmp_path) / 'imagefolder/train/dog/1.png').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match='dog/1.png: not a readable image'): D.ImageFolder(tmp_path)[3]
+
+
+def test_transforms_of_classification(tmp_path):
+    sample = dict(image=torch.full((3, 32, 32), 255, dtype=torch.uint8), label=4)
+    draws = [D.cifar_transform(flip=0, mean=(.2,) * 3, std=(1,) * 3)(sample)['image'] for _ in range(60)]
+    border = {tuple((x == x.max()).sum((1, 2)).tolist()) for x in draws}
+    assert all(x.shape == (3, 32, 32) for x in draws) and len(border) > 5 and min(min(b) for b in border) >= 28 * 28
+    assert all({round(v, 4) for v in x.unique().tolist()} <= {0., .8} for x in draws)                           # border = mean
+    black = [D.cifar_transform(fill=0, mean=(0,) * 3, std=(1,) * 3)(sample)['image'] for _ in range(20)]
+    assert {v for x in black for v in x.unique().tolist()} == {0., 1.}
+    big = dict(image=torch.from_numpy(picture(0, 300, 400)).permute(2, 0, 1), label=4)
+    assert D.imagenet_transform()(big)['image'].shape == D.imagenet_eval_transform()(big)['image'].shape == (3, 224, 224)
+    small = dict(image=torch.from_numpy(picture(0, 20, 30)).permute(2, 0, 1), mask=torch.zeros(20, 30))
+    assert {k: tuple(v.shape[-2:]) for k, v in D.imagenet_eval_transform(resize=20, size=16)(small).items()} == dict(image=(16, 16), mask=(16, 16))
+    with pytest.raises(ValueError, match='size <= resize, got 224 and 200'): D.imagenet_eval_transform(resize=200)
+    for transform in (D.cifar_transform, D.imagenet_transform):
+        with pytest.raises(ValueError, match='flip is a probability'): transform(flip=2)
+        with pytest.raises(ValueError, match='in 0..1'): transform(mean=(123, 116, 103))
+
+
+@pytest.mark.parametrize('transform', [D.cifar_transform(), D.imagenet_transform(size=20)])
+def test_draws_of_classification_have_an_address(tmp_path, transform):
+    data = D.Augmented(D.CIFAR100(cifar(tmp_path), official=False), transform, seed=2)
+    runs = [list(D.train_loader(data, 4, steps=3, workers=w)) for w in (0, 2)]
+    for a, b in zip(*runs, strict=True): assert equal(a['image'], b['image']) and equal(a['label'], b['label']) and a['label'].dtype == torch.int64
+    assert len({tuple(data[e, 1]['image'].flatten().tolist()) for e in range(10)}) > 5
+
+
 # ---- transforms
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), crop=st.tuples(st.integers(1, 48), st.integers(1, 48)),

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'IGNORE', 'CAMVID_CLASSES', 'CAMVID_PALETTE', 'CITYSCAPES_IDS', 'CITYSCAPES_CLASSES',
-           'CITYSCAPES_PALETTE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'read_image', 'read_mask', 'relabel',
-           'SegmentationFiles', 'pair_by_stem', 'default_palette', 'paint', 'SegmentationFolder', 'data_root', 'CamVid',
-           'Cityscapes', 'Depth', 'typed', 'RandomScale', 'eval_transform', 'train_transform', 'sample_seed',
-           'Augmented', 'InMemory', 'epoch_order', 'Batches', 'train_loader', 'eval_loader', 'channel_stats']
+           'CITYSCAPES_PALETTE', 'VOC_CLASSES', 'VOC_PALETTE', 'CONTEXT_CLASSES', 'ADE20K_CLASSES', 'COCO_IDS',
+           'COCO_CLASSES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR100_MEAN', 'CIFAR100_STD', 'read_image', 'read_mask',
+           'Depth', 'read_depth', 'relabel', 'typed', 'RawSet', 'SegmentationFiles', 'pair_by_stem', 'default_palette',
+           'paint', 'SegmentationFolder', 'data_root', 'CamVid', 'Cityscapes', 'read_list', 'VOC', 'PascalContext',
+           'ADE20K', 'DepthFolder', 'NYUDepth', 'DetectionFolder', 'CocoDetection', 'CIFAR100', 'ImageFolder',
+           'RandomScale', 'eval_transform', 'train_transform', 'cifar_transform', 'imagenet_transform',
+           'imagenet_eval_transform', 'sample_seed', 'Augmented', 'InMemory', 'epoch_order', 'Batches', 'train_loader',
+           'eval_loader', 'channel_stats']
 
-# %% ../../nbs/data/02_datasets.ipynb #d2361eec
-import os, signal
+# %% ../../nbs/data/02_datasets.ipynb #b0ead2f3
+import hashlib, io, json, os, pickle, re, signal
 from collections.abc import Callable, Sequence
 from colorsys import hsv_to_rgb
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -23,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv_datasets, tv_tensors
+from torchvision.models import detection, segmentation
 from torchvision.transforms import v2
 
 # %% ../../nbs/data/02_datasets.ipynb #15b40951
@@ -66,6 +71,19 @@ def read_mask(
     ids = torch.from_numpy(np.asarray(picture).astype(np.int64))
     return ids // _STRETCH.get(stored, 1) if picture.format == "PNG" else ids
 
+# %% ../../nbs/data/02_datasets.ipynb #60751a43
+class Depth(tv_tensors.Mask):
+    "A depth map in metres, (H,W) float: moves like a mask, is padded with 0 (invalid) and stays float."
+
+def read_depth(
+    path: str | Path,  # a single-channel file of 16 bits, in millimetres; 0 = invalid
+) -> Depth:            # float32, (H,W), metres
+    "Millimetres of a 16-bit file as metres, 0 stays 0; ValueError if unreadable or of another depth."
+    picture, _ = _picture(path)
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        raise ValueError(f"{path}: expected one channel of 16 bits (millimetres), got mode {picture.mode}")
+    return Depth(torch.from_numpy(np.asarray(picture).astype(np.int64)).float() / 1000)
+
 # %% ../../nbs/data/02_datasets.ipynb #c3346c81
 IGNORE = 255   # the label of pixels that do not count, everywhere in this house
 
@@ -94,9 +112,48 @@ def relabel(
                          f"classes {_spans(ids.keys() - void)} and ignored {_spans(void)}")
     return tv_tensors.Mask(house)
 
-# %% ../../nbs/data/02_datasets.ipynb #763c9ef0
-class SegmentationFiles(Dataset):
-    "Pairs of files as dict(image uint8 (3,H,W), mask int64 (H,W), 255 = ignore): the base of all sets here."
+# %% ../../nbs/data/02_datasets.ipynb #8c130b59
+def typed(
+    sample: dict,  # image uint8 (3,H,W); perhaps mask (H,W), depth (H,W), boxes (N,4) xyxy; other keys pass
+) -> dict:
+    "The sample in v2's types, so that one draw moves it all; ValueError if the image is not uint8 (3,H,W)."
+    image = tv_tensors.Image(sample["image"])
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image must be uint8 (3,H,W), got {image.dtype} {tuple(image.shape)}")
+    kinds = {"image": tv_tensors.Image, "mask": tv_tensors.Mask, "depth": Depth}
+    out = {key: kinds[key](value) if key in kinds else value for key, value in sample.items()}
+    if "boxes" in out:
+        size = tuple(image.shape[-2:])
+        out["boxes"] = tv_tensors.BoundingBoxes(out["boxes"], format="XYXY", canvas_size=size)
+    return out
+
+# %% ../../nbs/data/02_datasets.ipynb #860648a6
+class RawSet(Dataset):
+    "Samples as the files have them, by index: what stands below an `Augmented`."
+    task = "segmentation"
+    folder = ""                   # where a public set lies, below the data root
+    splits = ("train", "val")
+
+    @classmethod
+    def place(cls,
+              root: str | Path | None,  # the folder that contains the sets; None: see `data_root`
+              split: str,               # one of `splits`
+              ) -> Path:
+        "The set's folder; ValueError for a split it does not have, FileNotFoundError as `data_root`."
+        *first, last = cls.splits
+        if split not in cls.splits:
+            raise ValueError(f"split must be {', '.join(first)} or {last}, got {split!r}")
+        return data_root(root) / cls.folder
+
+def _same_size(file, size, image_file, image):
+    "ValueError if what belongs to an image has not the image's (height, width)."
+    if tuple(size) != tuple(image.shape[-2:]):
+        raise ValueError(f"{file}: expected {tuple(image.shape[-2:])} (height, width), the size of its image "
+                         f"{image_file}, got {tuple(size)}")
+
+# %% ../../nbs/data/02_datasets.ipynb #01621f98
+class SegmentationFiles(RawSet):
+    "Pairs of files as dict(image uint8 (3,H,W), mask int64 (H,W), 255 = ignore); ValueError for wrong files."
     def __init__(self,
                  pairs: Sequence,    # of (image file, mask file)
                  *,
@@ -109,14 +166,15 @@ class SegmentationFiles(Dataset):
         self.pairs, self.ids, self.num_classes = list(pairs), dict(ids), len(classes)
         self.classes, self.palette = tuple(classes), tuple(map(tuple, palette))
 
+    @property
+    def ignored(self): return "ids " + _spans(raw for raw, label in self.ids.items() if label == IGNORE)
+
     def __len__(self): return len(self.pairs)
 
     def __getitem__(self, index):
         image_file, mask_file = self.pairs[index]
         image, mask = read_image(image_file), relabel(read_mask(mask_file), self.ids, source=mask_file)
-        if image.shape[-2:] != mask.shape:
-            raise ValueError(f"{mask_file}: the mask is {tuple(mask.shape)} (height, width), "
-                             f"its image {image_file} is {tuple(image.shape[-2:])}; they must agree")
+        _same_size(mask_file, mask.shape, image_file, image)
         return {"image": image, "mask": mask}
 
 # %% ../../nbs/data/02_datasets.ipynb #3553e14b
@@ -131,15 +189,17 @@ def _by_stem(folder, what):
     if twins: raise ValueError(f"{folder}: more than one file is called {', '.join(twins[:3])}")
     return stems
 
-# %% ../../nbs/data/02_datasets.ipynb #3bea2edd
+# %% ../../nbs/data/02_datasets.ipynb #bac3a2bf
 def pair_by_stem(
     images: str | Path,  # folder of images
     masks: str | Path,   # folder of masks, same stems
+    *,
+    what: str = "mask",  # what an error should call a file of the second folder
 ) -> list:               # of (image file, mask file), sorted by stem
     "Files whose names agree up to the ending; FileNotFoundError if there are none, ValueError for leftovers."
-    left, right = _by_stem(images, "images"), _by_stem(masks, "masks")
-    for some, others, rule in ((left, right, f"image without a mask in {masks}"),
-                               (right, left, f"mask without an image in {images}")):
+    left, right = _by_stem(images, "images"), _by_stem(masks, f"{what}s")
+    for some, others, rule in ((left, right, f"image without a {what} in {masks}"),
+                               (right, left, f"{what} without an image in {images}")):
         alone = [some[stem].name for stem in sorted(some.keys() - others.keys())]
         if alone:
             raise ValueError(f"{len(alone)} x {rule}: {', '.join(alone[:3])}{', ...' * (len(alone) > 3)}")
@@ -199,7 +259,7 @@ def data_root(
     if not Path(given).expanduser().is_dir(): raise FileNotFoundError(f"{by} is {given}: no such folder")
     return Path(given).expanduser()
 
-# %% ../../nbs/data/02_datasets.ipynb #25b7a98c
+# %% ../../nbs/data/02_datasets.ipynb #7a068db6
 CAMVID_CLASSES = ("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car",
                   "Pedestrian", "Bicyclist")
 CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
@@ -207,14 +267,14 @@ CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128),
 
 class CamVid(SegmentationFolder):
     "CamVid, 11 classes, below `root/camvid`; void (11) becomes 255."
+    folder, splits = "camvid", ("train", "val", "tune_train", "tune_val")
+
     def __init__(self,
                  root: str | Path | None,  # the folder that contains camvid/; None: see `data_root`
                  *,
                  split: str = "train",     # "train" or "val"; "tune_train" and "tune_val" divide train
                  ):
-        if split not in ("train", "val", "tune_train", "tune_val"):
-            raise ValueError(f"split must be train, val, tune_train or tune_val, got {split!r}")
-        folder = data_root(root) / "camvid" / ("val" if split == "val" else "train")
+        folder = self.place(root, split) / ("val" if split == "val" else "train")
         super().__init__(folder / "images", folder / "labels", num_classes=11, ignore_index=11,
                          classes=CAMVID_CLASSES, palette=CAMVID_PALETTE)
         if split.startswith("tune_"):
@@ -229,16 +289,17 @@ CITYSCAPES_IDS = {c.id: c.train_id for c in _RAW}                 # 34 ids -> 0.
 CITYSCAPES_CLASSES = tuple(c.name for c in _SCORED)
 CITYSCAPES_PALETTE = tuple(c.color for c in _SCORED)
 
-# %% ../../nbs/data/02_datasets.ipynb #6a9a126b
+# %% ../../nbs/data/02_datasets.ipynb #822fd88d
 class Cityscapes(SegmentationFiles):
     "Cityscapes, fine labels, 19 classes, below `root/cityscapes`; all other ids become 255."
+    folder = "cityscapes"
+
     def __init__(self,
                  root: str | Path | None,  # the folder that contains cityscapes/; None: see `data_root`
                  *,
                  split: str = "train",     # "train" or "val"; the labels of "test" are withheld
                  ):
-        if split not in ("train", "val"): raise ValueError(f"split must be train or val, got {split!r}")
-        folder = data_root(root) / "cityscapes"
+        folder = self.place(root, split)
         images, masks = folder / "leftImg8bit" / split, folder / "gtFine" / split
         for part in (images, masks):
             if not part.is_dir(): raise FileNotFoundError(f"{part}: this folder of Cityscapes does not exist")
@@ -250,24 +311,344 @@ class Cityscapes(SegmentationFiles):
         if alone: raise ValueError(f"{len(alone)} x image without a mask in {masks}: {', '.join(alone[:3])}")
         super().__init__(pairs, ids=CITYSCAPES_IDS, classes=CITYSCAPES_CLASSES, palette=CITYSCAPES_PALETTE)
 
-# %% ../../nbs/data/02_datasets.ipynb #e609800e
-class Depth(tv_tensors.Mask):
-    "A depth map in metres, (H,W) float: moves like a mask, is padded with 0 (invalid) and stays float."
+# %% ../../nbs/data/02_datasets.ipynb #89054e94
+def read_list(
+    file: str | Path,  # text, one name a line
+) -> list:             # of names, in the file's order
+    "The names of a split; FileNotFoundError, or ValueError for no names, twins, and all but plain names."
+    if not Path(file).is_file(): raise FileNotFoundError(f"{file}: this list of names does not exist")
+    try: lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error: raise ValueError(f"{file}: not a text file ({error})") from error
+    names = [line.strip() for line in lines if line.strip()]
+    odd = [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name)]
+    if odd: raise ValueError(f"{file}: expected one plain name a line (no path, no ending), got {odd[0]!r}")
+    if len(set(names)) < len(names): raise ValueError(f"{file}: a name stands there more than once")
+    if not names: raise ValueError(f"{file}: the list is empty")
+    return names
 
-# %% ../../nbs/data/02_datasets.ipynb #8c130b59
-def typed(
-    sample: dict,  # image uint8 (3,H,W); perhaps mask (H,W), depth (H,W), boxes (N,4) xyxy; other keys pass
-) -> dict:
-    "The sample in v2's types, so that one draw moves it all; ValueError if the image is not uint8 (3,H,W)."
-    image = tv_tensors.Image(sample["image"])
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image must be uint8 (3,H,W), got {image.dtype} {tuple(image.shape)}")
-    kinds = {"image": tv_tensors.Image, "mask": tv_tensors.Mask, "depth": Depth}
-    out = {key: kinds[key](value) if key in kinds else value for key, value in sample.items()}
-    if "boxes" in out:
-        size = tuple(image.shape[-2:])
-        out["boxes"] = tv_tensors.BoundingBoxes(out["boxes"], format="XYXY", canvas_size=size)
-    return out
+def _listed_pairs(file, images, masks):
+    "NAME.jpg and NAME.png for every name of a list; FileNotFoundError if one is not there."
+    pairs = [(images / f"{name}.jpg", masks / f"{name}.png") for name in read_list(file)]
+    gone = [str(f) for pair in pairs for f in pair if not f.is_file()]
+    if gone:
+        raise FileNotFoundError(f"{len(gone)} files that {file} names do not exist: {', '.join(gone[:3])}")
+    return pairs
+
+def _first_of(place, names, what="folder"):
+    "The first of several usual names that exists below a folder."
+    found = [place / name for name in names if (place / name).exists()]
+    if not found: raise FileNotFoundError(f"{place}: expected the {what} {' or '.join(names)} here")
+    return found[0]
+
+# %% ../../nbs/data/02_datasets.ipynb #53467d48
+VOC_CLASSES = ("background", *segmentation.DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:])
+VOC_PALETTE = tuple(tuple(sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for c in range(3))
+                    for i in range(21))
+
+class VOC(SegmentationFiles):
+    "Pascal VOC 2012, 21 classes, below `root/voc`; 255 is ignored."
+    folder, splits = "voc", ("train", "train_aug", "val")
+
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains voc/; None: see `data_root`
+                 *,
+                 split: str = "train",     # "train", "val" or "train_aug", which has masks of its own
+                 ):
+        folder = _first_of(self.place(root, split), ("VOCdevkit/VOC2012", "VOC2012"))
+        lists, aug = folder / "ImageSets/Segmentation", split == "train_aug"
+        file = _first_of(lists, ("train_aug.txt", "trainaug.txt"), "list") if aug else lists / f"{split}.txt"
+        pairs = _listed_pairs(file, folder / "JPEGImages", folder / ("SegmentationClass" + "Aug" * aug))
+        super().__init__(pairs, ids={i: i for i in (*range(21), IGNORE)}, classes=VOC_CLASSES,
+                         palette=VOC_PALETTE)
+
+# %% ../../nbs/data/02_datasets.ipynb #14a4bb0b
+CONTEXT_CLASSES = tuple((
+    "aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person pottedplant "
+    "sheep sofa train tvmonitor bag bed bench book building cabinet ceiling cloth computer cup door fence "
+    "floor flower food grass ground keyboard light mountain mouse curtain platform sign plate road rock "
+    "shelves sidewalk sky snow bedclothes track tree truck wall water window wood").split())
+
+class PascalContext(SegmentationFiles):
+    "Pascal Context, 59 classes with 0 ignored, or 60 with 0 as background, below `root/pascal_context`."
+    folder = "pascal_context"
+
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains pascal_context/; None: see `data_root`
+                 *,
+                 split: str = "train",     # "train" or "val"
+                 num_classes: int = 59,    # 59, or 60 with "background" as class 0
+                 ):
+        if num_classes not in (59, 60): raise ValueError(f"num_classes must be 59 or 60, got {num_classes}")
+        folder = self.place(root, split)
+        places = ("JPEGImages", "VOCdevkit/VOC2010/JPEGImages", "VOC2010/JPEGImages")
+        folder = _first_of(folder, places).parent
+        pairs = _listed_pairs(folder / f"ImageSets/SegmentationContext/{split}.txt", folder / "JPEGImages",
+                              folder / "SegmentationClassContext")
+        whole = num_classes == 60
+        super().__init__(pairs, ids={0: 0 if whole else IGNORE} | {i: i - (not whole) for i in range(1, 60)},
+                         classes=("background",) * whole + CONTEXT_CLASSES,
+                         palette=default_palette(num_classes))
+
+# %% ../../nbs/data/02_datasets.ipynb #f4d3cf20
+ADE20K_CLASSES = tuple((
+    "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,"
+    "earth,door,table,mountain,plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,"
+    "mirror,rug,field,armchair,seat,fence,desk,rock,wardrobe,lamp,bathtub,railing,cushion,"
+    "base,box,column,signboard,chest of drawers,counter,sand,sink,skyscraper,fireplace,"
+    "refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,"
+    "river,bridge,bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,"
+    "palm,kitchen island,computer,swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,"
+    "truck,tower,chandelier,awning,streetlight,booth,television receiver,airplane,dirt track,"
+    "apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,poster,stage,van,ship,"
+    "fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,waterfall,"
+    "tent,bag,minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,"
+    "bicycle,lake,dishwasher,screen,blanket,sculpture,hood,sconce,vase,traffic light,tray,"
+    "ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,radiator,glass,clock,flag").split(","))
+
+class ADE20K(SegmentationFiles):
+    "ADE20K of the scene parsing challenge, 150 classes, below `root/ade20k`; raw 0 is ignored."
+    folder = "ade20k/ADEChallengeData2016"
+
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains ade20k/; None: see `data_root`
+                 *,
+                 split: str = "train",     # "train" or "val"
+                 ):
+        folder, part = self.place(root, split), {"train": "training", "val": "validation"}[split]
+        super().__init__(pair_by_stem(folder / "images" / part, folder / "annotations" / part),
+                         ids={0: IGNORE} | {i + 1: i for i in range(150)}, classes=ADE20K_CLASSES,
+                         palette=default_palette(150))
+
+# %% ../../nbs/data/02_datasets.ipynb #7ebfbc0f
+class DepthFolder(RawSet):
+    "Images and depth maps of the same names in two folders: dict(image, depth (H,W) in metres, 0 = invalid)."
+    task, ignored = "depth", "depth 0"
+
+    def __init__(self,
+                 images: str | Path,  # folder of images
+                 depth: str | Path,   # folder of 16-bit files in millimetres, see `read_depth`
+                 ):
+        self.pairs = pair_by_stem(images, depth, what="depth map")
+
+    def __len__(self): return len(self.pairs)
+
+    def __getitem__(self, index):
+        image_file, depth_file = self.pairs[index]
+        image, depth = read_image(image_file), read_depth(depth_file)
+        _same_size(depth_file, depth.shape, image_file, image)
+        return {"image": image, "depth": depth}
+
+class NYUDepth(DepthFolder):
+    "NYU Depth v2, unpacked to pairs of files, below `root/nyu`."
+    folder = "nyu"
+
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains nyu/; None: see `data_root`
+                 *,
+                 split: str = "train",     # "train" or "val" (the official test part)
+                 ):
+        folder = self.place(root, split) / split
+        super().__init__(folder / "images", folder / "depth")
+
+# %% ../../nbs/data/02_datasets.ipynb #7f455e82
+def _coco_tables(file):
+    "The three tables of a COCO file: images by id, names of categories by id, annotations that are no crowd."
+    def without_outlines(record):      # most of a big file, and not needed
+        record.pop("segmentation", None)
+        return record
+    content = json.loads(Path(file).read_bytes(), object_hook=without_outlines)
+    images = {r["id"]: (str(r["file_name"]), int(r["height"]), int(r["width"])) for r in content["images"]}
+    names = {r["id"]: str(r["name"]) for r in content["categories"]}
+    if len(images) < len(content["images"]) or len(names) < len(content["categories"]):
+        raise ValueError("two images or two categories have one id")
+    if not images or not names: raise ValueError("no images or no categories")
+    boxes = [r for r in content["annotations"] if not r.get("iscrowd", 0)]
+    xywh = torch.tensor([r["bbox"] for r in boxes], dtype=torch.float64).reshape(len(boxes), 4)
+    return dict(sorted(images.items())), dict(sorted(names.items())), boxes, xywh
+
+# %% ../../nbs/data/02_datasets.ipynb #a5644cff
+def _image_files(source, folder, images):
+    "(id, file, (height, width)) of every image of a COCO file; errors name the file."
+    for id, (name, *_) in images.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{source}: image {id}: {name!r} would lie outside the folder of images")
+    files = [(id, folder / name, (height, width)) for id, (name, height, width) in images.items()]
+    gone = [str(file) for _, file, _ in files if not file.is_file()]
+    if gone:
+        raise FileNotFoundError(f"{len(gone)} images that {source} names do not exist: {', '.join(gone[:3])}")
+    return files
+
+# %% ../../nbs/data/02_datasets.ipynb #f56db577
+def _boxes_by_image(source, rows, xywh, files, labels):
+    "Boxes xyxy (M,4), labels (M,) and where each image's boxes end; ValueError naming the annotation."
+    place, label = {id: i for i, (id, *_) in enumerate(files)}, {id: i for i, id in enumerate(labels)}
+    at = torch.tensor([place.get(row["image_id"], -1) for row in rows], dtype=torch.int64)
+    found = torch.tensor([label.get(row["category_id"], -1) for row in rows], dtype=torch.int64)
+    size = torch.tensor([(width, height) for *_, (height, width) in files])[at].repeat(1, 2)
+    corners = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)
+    boxes = corners.clamp(min=0).minimum(size).float()
+    legal = xywh.isfinite().all(1) & (xywh[:, 2:] >= 0).all(1)
+    flat, empty = (xywh[:, 2:] == 0).any(1), (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    for bad, rule in ((at < 0, "its image_id is none of the images"),
+                      (found < 0, "its category_id is none of the categories"),
+                      (~legal, "bbox must be x, y, width, height, the last two not negative"),
+                      (empty & ~flat, "the box lies outside its image")):
+        if bad.any(): raise ValueError(f"{source}: {rule}: {json.dumps(rows[int(bad.nonzero()[0])])[:200]}")
+    order = at.masked_fill(flat, len(files)).argsort(stable=True)[:int((~flat).sum())]   # flat ones are last
+    return boxes[order], found[order], torch.bincount(at[order], minlength=len(files)).cumsum(0).tolist()
+
+# %% ../../nbs/data/02_datasets.ipynb #d608a661
+class DetectionFolder(RawSet):
+    "Images and a COCO file: dict(image, boxes (N,4) xyxy in pixels, labels (N,) 0..C-1, image_id)."
+    task, ignored = "detection", "crowds, boxes without area"
+
+    def __init__(self,
+                 images: str | Path,       # folder that the file's names are relative to
+                 annotations: str | Path,  # JSON file in COCO's form
+                 ):
+        folder, self.file = Path(images).expanduser(), Path(annotations).expanduser()
+        for part, what in ((folder, "folder of images"), (self.file, "file of boxes")):
+            if not part.exists(): raise FileNotFoundError(f"{part}: the {what} does not exist")
+        try: images, self.categories, rows, xywh = _coco_tables(self.file)
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.file}: not boxes in COCO's form ({what})") from error
+        self.files = _image_files(self.file, folder, images)
+        found = _boxes_by_image(self.file, rows, xywh, self.files, self.categories)
+        self.boxes, self.labels, self.ends = found
+        self.classes, self.num_classes = tuple(self.categories.values()), len(self.categories)
+
+    def __len__(self): return len(self.files)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        image_id, file, size = self.files[index]
+        image, mine = read_image(file), slice(self.ends[index - 1] if index else 0, self.ends[index])
+        _same_size(self.file, size, file, image)
+        return typed({"image": image, "boxes": self.boxes[mine].clone(), "labels": self.labels[mine].clone(),
+                      "image_id": image_id})
+
+# %% ../../nbs/data/02_datasets.ipynb #a9507303
+_COCO = detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]       # by id, with gaps
+COCO_IDS = {id: name for id, name in enumerate(_COCO) if name not in ("__background__", "N/A")}
+COCO_CLASSES = tuple(COCO_IDS.values())
+
+class CocoDetection(DetectionFolder):
+    "COCO 2017, boxes of 80 classes, below `root/coco`; crowds and boxes without area are left out."
+    folder = "coco"
+
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains coco/; None: see `data_root`
+                 *,
+                 split: str = "train",     # "train" or "val"
+                 ):
+        folder = self.place(root, split)
+        super().__init__(folder / f"{split}2017", folder / f"annotations/instances_{split}2017.json")
+        if self.categories != COCO_IDS:
+            raise ValueError(f"{self.file}: expected the {len(COCO_IDS)} categories of COCO, got others "
+                             f"({len(self.categories)}); for boxes of your own use DetectionFolder")
+
+# %% ../../nbs/data/02_datasets.ipynb #3e7f76ed
+class _Kind:
+    "Stands in for numpy.dtype in a pickle."
+    def __init__(self, name, *_): self.name = name
+    def __setstate__(self, state): pass
+
+class _Rows:
+    "Stands in for numpy's array in a pickle: rows of bytes."
+    def __init__(self, *_): self.array = None
+    def __setstate__(self, state):
+        _, shape, kind, by_column, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data
+        bytes_ = isinstance(kind, _Kind) and kind.name in ("u1", "uint8") and type(data) is bytes
+        if not bytes_ or by_column:
+            raise pickle.UnpicklingError("an array that is not rows of bytes")
+        self.array = np.frombuffer(bytearray(data), np.uint8).reshape(shape)
+
+_STAND_INS = {"numpy.core.multiarray _reconstruct": _Rows, "numpy._core.multiarray _reconstruct": _Rows,
+              "numpy ndarray": _Rows, "numpy dtype": _Kind,
+              "_codecs encode": lambda text, encoding: text.encode("latin1")}
+
+class _PlainUnpickler(pickle.Unpickler):
+    "Builds dictionaries, lists, texts, numbers and rows of bytes; refuses every other name."
+    def find_class(self, module, name):
+        if f"{module} {name}" in _STAND_INS: return _STAND_INS[f"{module} {name}"]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no data")
+
+# %% ../../nbs/data/02_datasets.ipynb #e311606c
+def _read_pickle(file, md5):
+    "The dictionary in a file; ValueError if its md5 sum is another (unless None) or it holds more than data."
+    if not file.is_file(): raise FileNotFoundError(f"{file}: this file of CIFAR-100 does not exist")
+    content = file.read_bytes()
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5 not in (None, found):
+        raise ValueError(f"{file}: md5 {found} is not the official {md5}; official=False reads other files")
+    try: read = _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except Exception as error: raise ValueError(f"{file}: not plain data ({error})") from error
+    if not isinstance(read, dict): raise ValueError(f"{file}: expected a dictionary")
+    return read
+
+# %% ../../nbs/data/02_datasets.ipynb #7598111c
+class CIFAR100(RawSet):
+    "CIFAR-100 as dict(image uint8 (3,32,32), label 0..99), below `root/cifar100`; a pickle runs nothing."
+    task, folder, ignored = "classification", "cifar100/cifar-100-python", "nothing"
+
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains cifar100/; None: see `data_root`
+                 *,
+                 split: str = "train",     # "train" or "val" (the file "test")
+                 official: bool = True,    # only files with the official md5 sum; False: any of this form
+                 ):
+        folder, tv = self.place(root, split), tv_datasets.CIFAR100
+        (name, md5), = tv.train_list if split == "train" else tv.test_list
+        file, meta, key = folder / name, folder / tv.meta["filename"], tv.meta["key"]
+        data, names = (_read_pickle(f, sum_ if official else None)
+                       for f, sum_ in ((file, md5), (meta, tv.meta["md5"])))
+        rows, labels = getattr(data.get("data"), "array", None), data.get("fine_labels")
+        names = names.get(key)
+        if rows is None or rows.shape[1:] != (3072,):
+            raise ValueError(f"{file}: expected data of shape (n, 3072), bytes")
+        if not isinstance(labels, list) or len(labels) != len(rows):
+            raise ValueError(f"{file}: expected fine_labels, a list of {len(rows)} numbers")
+        if not isinstance(names, list) or len(names) != 100 or len(set(map(str, names))) != 100:
+            raise ValueError(f"{meta}: expected {key}, a list of 100 names")
+        wrong = [label for label in labels if type(label) is not int or not 0 <= label < 100]
+        if wrong: raise ValueError(f"{file}: label {wrong[0]!r} is out of range, allowed are 0..99")
+        self.pictures, self.labels = torch.from_numpy(rows).reshape(-1, 3, 32, 32), labels
+        self.classes, self.num_classes = tuple(names), 100
+
+    def __len__(self): return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"image": tv_tensors.Image(self.pictures[index]), "label": self.labels[index]}
+
+# %% ../../nbs/data/02_datasets.ipynb #f72c39df
+class ImageFolder(RawSet):
+    "Pictures in a folder for each class as dict(image, label), below `root/imagefolder`; classes by name."
+    task, folder, ignored = "classification", "imagefolder", "nothing"
+
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains imagefolder/; None: see `data_root`
+                 *,
+                 split: str = "train",     # "train" or "val"
+                 ):
+        place = self.place(root, split)
+        for part in dict.fromkeys(("train", split)):
+            if not (place / part).is_dir():
+                raise FileNotFoundError(f"{place / part}: this folder of classes does not exist")
+        mine, train = (set(tv_datasets.folder.find_classes(place / part)[0]) for part in (split, "train"))
+        if mine != train:
+            raise ValueError(f"{place / split}: the classes must be those of train; "
+                             f"missing {sorted(train - mine)[:3]}, unknown {sorted(mine - train)[:3]}")
+        found = tv_datasets.ImageFolder(place / split)
+        self.samples, self.classes, self.num_classes = found.samples, tuple(found.classes), len(found.classes)
+
+    def __len__(self): return len(self.samples)
+
+    def __getitem__(self, index):
+        file, label = self.samples[index]
+        return {"image": read_image(file), "label": label}
 
 # %% ../../nbs/data/02_datasets.ipynb #8498c8f4
 class RandomScale(v2.Transform):
@@ -306,7 +687,7 @@ def eval_transform(
     "Normalise, no more: image float32 (3,H,W), mask int64 (H,W), pure tensors at the picture's own size."
     return v2.Compose([typed, *_finish(mean, std)])
 
-# %% ../../nbs/data/02_datasets.ipynb #b9502223
+# %% ../../nbs/data/02_datasets.ipynb #393d1fa1
 def train_transform(
     *,
     crop: int | Sequence,            # side, or (height, width), of the result
@@ -319,10 +700,58 @@ def train_transform(
     size = (crop, crop) if isinstance(crop, int) else tuple(crop)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"crop must be a side or (height, width), each at least 1, got {crop}")
-    if not 0 <= flip <= 1: raise ValueError(f"flip is a probability, got {flip}")
-    fill = {tv_tensors.Image: [round(255 * m) for m in mean], tv_tensors.Mask: IGNORE, "others": 0}
-    return v2.Compose([typed, RandomScale(*scale), v2.RandomCrop(size, pad_if_needed=True, fill=fill),
-                       v2.RandomHorizontalFlip(flip), *_finish(mean, std)])
+    return v2.Compose([typed, RandomScale(*scale), v2.RandomCrop(size, pad_if_needed=True, fill=_fill(mean)),
+                       _flip(flip), *_finish(mean, std)])
+
+# %% ../../nbs/data/02_datasets.ipynb #185eef46
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)   # RGB, of colours in 0..1
+
+def _flip(probability):
+    if not 0 <= probability <= 1: raise ValueError(f"flip is a probability, got {probability}")
+    return v2.RandomHorizontalFlip(probability)
+
+def _fill(mean):
+    return {tv_tensors.Image: [round(255 * m) for m in mean], tv_tensors.Mask: IGNORE, "others": 0}
+
+def cifar_transform(
+    *,
+    size: int = 32,                  # side of the result and of the pictures
+    padding: int = 4,                # pixels of border before the crop
+    fill: int | None = None,         # grey value of the border, 0..255; None: the mean colour
+    flip: float = 0.5,               # probability of mirroring left and right
+    mean: Sequence = CIFAR100_MEAN,  # of the three channels, in 0..1
+    std: Sequence = CIFAR100_STD,    # of the three channels, in 0..1
+) -> Callable:                       # sample -> sample
+    "Training on CIFAR: pad, crop, mirror, normalise; image float32 (3,size,size)."
+    fill = _fill(mean) | ({} if fill is None else {tv_tensors.Image: fill})
+    crop = v2.RandomCrop(size, padding=padding, fill=fill)
+    return v2.Compose([typed, crop, _flip(flip), *_finish(mean, std)])
+
+# %% ../../nbs/data/02_datasets.ipynb #bc66f969
+def imagenet_transform(
+    *,
+    size: int = 224,                 # side of the result
+    scale: Sequence = (0.08, 1.0),   # smallest and largest share of the picture's area
+    ratio: Sequence = (3/4, 4/3),    # smallest and largest width / height of that part
+    flip: float = 0.5,               # probability of mirroring left and right
+    mean: Sequence = IMAGENET_MEAN,  # of the three channels, in 0..1
+    std: Sequence = IMAGENET_STD,    # of the three channels, in 0..1
+) -> Callable:                       # sample -> sample
+    "Training on ImageNet: a random part resized to the size, mirror, normalise; image float32 (3,size,size)."
+    part = v2.RandomResizedCrop(size, scale=tuple(scale), ratio=tuple(ratio), antialias=True)
+    return v2.Compose([typed, part, _flip(flip), *_finish(mean, std)])
+
+def imagenet_eval_transform(
+    *,
+    resize: int = 256,               # the shorter side before the crop
+    size: int = 224,                 # side of the result, <= resize
+    mean: Sequence = IMAGENET_MEAN,  # of the three channels, in 0..1
+    std: Sequence = IMAGENET_STD,    # of the three channels, in 0..1
+) -> Callable:                       # sample -> sample
+    "Scoring on ImageNet: resize the shorter side, the middle, normalise; image float32 (3,size,size)."
+    if not 1 <= size <= resize: raise ValueError(f"expected 1 <= size <= resize, got {size} and {resize}")
+    steps = v2.Resize(resize, antialias=True), v2.CenterCrop(size)
+    return v2.Compose([typed, *steps, *_finish(mean, std)])
 
 # %% ../../nbs/data/02_datasets.ipynb #70048431
 def sample_seed(
@@ -415,7 +844,7 @@ class Batches:
         order = lambda epoch: epoch_order(self.n, self.seed, epoch)
         return [(p // self.n, int(order(p // self.n)[p % self.n])) for p in range(first, first + share)]
 
-# %% ../../nbs/data/02_datasets.ipynb #a5bce633
+# %% ../../nbs/data/02_datasets.ipynb #053fd992
 def _leave_ctrl_c_to_the_loop(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def train_loader(
@@ -430,7 +859,7 @@ def train_loader(
     workers: int = 0,  # processes that read and transform, one thread each; changes the speed only
 ) -> DataLoader:       # of dictionaries of stacked tensors
     "The batches of global steps start..steps-1, the same for any number of workers."
-    if isinstance(dataset, SegmentationFiles):
+    if isinstance(dataset, RawSet):
         raise ValueError("train_loader asks for dataset[epoch, index]: "
                          f"give it Augmented(dataset, transform), got {type(dataset).__name__}")
     plan = Batches(len(dataset), batch_size, steps=steps, start=start, seed=seed, rank=rank, world=world)
