@@ -6,8 +6,8 @@
 __all__ = ['write_json', 'open_folder', 'circumstances', 'teacher_of', 'student_of', 'find_recipe', 'compare', 'train',
            'compare_cli', 'train_cli']
 
-# %% ../nbs/training/11_compare.ipynb #dadfa75c
-import argparse, copy, hashlib, json, platform, shlex, subprocess, sys
+# %% ../nbs/training/11_compare.ipynb #0f534dba
+import argparse, hashlib, json, platform, shlex, subprocess, sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -157,7 +157,7 @@ def teacher_of(
         processes_here().wait_for_everyone()
     return net, record
 
-# %% ../nbs/training/11_compare.ipynb #f2097bc9
+# %% ../nbs/training/11_compare.ipynb #5ab3084c
 def student_of(
     recipe: Recipe,              # says how it is built and trained
     method: str,                 # a key of `recipe.methods`
@@ -170,7 +170,7 @@ def student_of(
 ) -> dict:                       # its record: metrics, seconds, steps, circumstances
     "Train and score one student; finished work is read, not repeated."
     torch.manual_seed(seed)                                  # the same start for every method of a seed
-    distiller = Distiller(recipe.student(), teacher, recipe.task, copy.deepcopy(recipe.methods[method]))
+    distiller = recipe.distiller(method, teacher)
     return _trained(folder, distiller, splits.train, splits.valid, recipe.budget, seed, progress)
 
 # %% ../nbs/training/11_compare.ipynb #090552f7

@@ -25,7 +25,7 @@ from .data.datasets import Augmented, eval_loader, train_loader
 from .distiller import Distiller
 from .networks import atomic_write
 
-# %% ../nbs/training/05_loop.ipynb #521d11b4
+# %% ../nbs/training/05_loop.ipynb #70da574d
 @dataclass(frozen=True)
 class Budget:
     "How long and how to train: the same for all methods that are compared."
@@ -36,6 +36,7 @@ class Budget:
     momentum: float = .9          # of SGD
     weight_decay: float = 5e-4    # of every parameter
     power: float = .9             # of the polynomial decay
+    milestones: tuple = ()        # steps at which the rate falls to a tenth, instead of that decay
     warmup: int = 0               # steps in which the rate rises linearly
     clip: float | None = None     # largest norm of the gradient
     accumulation: int = 1         # micro-batches a step is split into
@@ -51,14 +52,16 @@ class Budget:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least: raise ValueError(f'{name} is a whole number, {least} or more; got {value!r}')
         if not (0 < self.lr < float('inf') and self.weight_decay >= 0 and self.power >= 0): raise ValueError(f'lr > 0, weight_decay >= 0 and power >= 0, got {self}')
+        if list(self.milestones) != sorted(self.milestones) or any(not isinstance(m, int) for m in self.milestones): raise ValueError(f'milestones are whole numbers, rising; got {self.milestones!r}')
         if self.batch_size % self.accumulation: raise ValueError(f'batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches')
         if self.optimizer not in ('sgd', 'adamw'): raise ValueError(f"optimizer is 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.precision not in ('no', 'bf16', 'fp16'): raise ValueError(f"precision is 'no', 'bf16' or 'fp16', got {self.precision!r}")
 
     def rate(self,
              step: int) -> float:   # 0-based
-        "The learning rate at a step: linear warm-up, then lr (1 - step/steps)^power."
-        return self.lr * min(1, (step + 1) / (self.warmup + 1)) * (1 - step / self.steps) ** self.power
+        "The learning rate at a step: linear warm-up, then lr (1 - step/steps)^power, or a tenth of it from every milestone on."
+        decay = .1 ** sum(step >= m for m in self.milestones) if self.milestones else (1 - step / self.steps) ** self.power
+        return self.lr * min(1, (step + 1) / (self.warmup + 1)) * decay
 
 # %% ../nbs/training/05_loop.ipynb #cba3552e
 def make_optimizer(

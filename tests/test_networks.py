@@ -6,8 +6,8 @@ from torch import nn
 from torchvision.models.segmentation import deeplabv3_resnet101
 
 from kdnotes import networks
-from kdnotes.networks import (ASPPHead, FCNHead, PSPHead, SegmentationNet, Stages, count, deeplabv3, load_weights, pspnet,
-                              save_weights, tiny_student, tiny_teacher)
+from kdnotes.networks import (ESP, ASPPHead, FCNHead, PSPHead, Residual, SegmentationNet, Stages, cifar_resnet, count, deeplabv3,
+                              espnetc, fcn, load_weights, pspnet, save_weights, tiny_student, tiny_teacher)
 
 BACKBONES = 'resnet18', 'resnet50', 'resnet101', 'mobilenetv2_100', 'xception41'
 
@@ -34,6 +34,8 @@ def test_forward_backward(backbone, build):
     (lambda: pspnet('resnet18', num_classes=4), 8),
     (lambda: deeplabv3('resnet18', num_classes=4, output_stride=16), 16),
     (lambda: pspnet('mobilenetv2_100', num_classes=4, output_stride=32), 32),
+    (lambda: fcn('mobilenetv2_100', num_classes=4), 16),
+    (lambda: espnetc(4), 8),
     (lambda: tiny_student(4), 4),
     (lambda: tiny_teacher(4), 4)])
 def test_any_size(build, stride, size):
@@ -63,7 +65,7 @@ def test_deeplab_costs_what_torchvisions_does():
 def test_psp_feature_widths_and_names():
     with torch.device('meta'): nets = [pspnet(n, num_classes=19) for n in ('resnet101', 'resnet18')]
     assert [n.head.bottleneck[0].out_channels for n in nets] == [512, 128]
-    for net in (*nets, tiny_student(8), tiny_teacher(8)):
+    for net in (*nets, tiny_student(8), tiny_teacher(8), espnetc(8), fcn('resnet18', num_classes=8)):
         for path in ('backbone', 'head', 'head.bottleneck', 'head.classifier'): net.get_submodule(path)
     with torch.device('meta'): assert pspnet('resnet18', num_classes=3, channels=40).head.bottleneck[0].out_channels == 40
 
@@ -79,7 +81,7 @@ def test_bottleneck_is_what_the_classifier_reads():
 
 
 @pytest.mark.parametrize('build', [lambda: pspnet('resnet18', num_classes=3), lambda: deeplabv3('xception41', num_classes=3),
-                                   lambda: tiny_student(3), lambda: tiny_teacher(3)])
+                                   lambda: tiny_student(3), lambda: tiny_teacher(3), lambda: espnetc(3), lambda: cifar_resnet(20, 3)])
 def test_same_seed_same_network(build):
     nets = []
     for seed in (7, 7, 8):
@@ -95,6 +97,55 @@ def test_tiny_pair():
     image = torch.randn(2, 3, 96, 192)
     assert student(image)['out'].shape == teacher(image)['out'].shape == (2, 8, 24, 48)
     assert student.head.bottleneck[0].out_channels != teacher.head.bottleneck[0].out_channels
+
+
+# ESPNet-C and the networks of CIFAR
+
+def test_esp_module_by_hand():
+    module = ESP(10, 10).eval()
+    x = torch.randn(2, 10, 12, 17)
+    small = module.reduce(x)
+    d1, d2, d4, d8, d16 = (branch(small) for branch in module.spread)
+    by_hand = module.finish(x + torch.cat([d1, d2, d2 + d4, d2 + d4 + d8, d2 + d4 + d8 + d16], 1))
+    assert torch.allclose(module(x), by_hand, atol=1e-6) and [b.dilation for b in module.spread] == [(d, d) for d in (1, 2, 4, 8, 16)]
+    assert ESP(3, 12, stride=2)(torch.randn(2, 3, 9, 10)).shape == (2, 12, 5, 5)             # 12 = 4 + 2 + 2 + 2 + 2
+    assert ESP(12, 14)(torch.randn(2, 12, 9, 10)).shape == (2, 14, 9, 10)                    # other channels: no shortcut
+
+
+def test_espnetc_is_small_and_trains():
+    net = espnetc(11)
+    assert 340_000 < count(net, (360, 480)).params < 355_000
+    assert net.get_classifier() is net.head.classifier and net.get_classifier().in_channels == 256
+    out = net(torch.randn(2, 3, 64, 96))
+    assert {k: tuple(v.shape) for k, v in out.items()} == {'out': (2, 11, 8, 12)}
+    out['out'].square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize('depth, params', [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)])
+def test_cifar_resnets(depth, params):
+    net = cifar_resnet(depth, 10)
+    assert sum(p.numel() for p in net.parameters()) == params
+    assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) + 1 == depth                 # and the linear layer
+    logits = net(torch.randn(2, 3, 32, 32))
+    logits.square().mean().backward()
+    assert logits.shape == (2, 10) and all(p.grad is not None for p in net.parameters())
+
+
+def test_cifar_resnet_reads_its_last_map():
+    net, image = cifar_resnet(20, 7).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        last = net.features(image)
+        assert last.shape == (3, 64, 8, 8) and torch.allclose(net.get_classifier()(last.mean((2, 3))), net(image), atol=1e-6)
+        assert net(torch.randn(1, 3, 37, 50)).shape == (1, 7)
+
+
+def test_a_shortcut_without_weights():
+    block = Residual(6, in_channels=4, stride=2).eval()
+    nn.init.zeros_(block.second[1].weight)                                                   # nothing but the shortcut is left
+    x = torch.randn(2, 4, 8, 10).abs()
+    out = block(x)
+    assert torch.equal(out[:, :4], x[:, :, ::2, ::2]) and not out[:, 4:].any() and out.shape == (2, 6, 4, 5)
 
 
 # counting
@@ -187,6 +238,11 @@ def test_batch_of_one_in_training():
     (lambda: pspnet('resnet18', num_classes=3, stem='wide'), "got 'wide'"),
     (lambda: pspnet('mobilenetv2_100', num_classes=3, stem='deep'), 'only a plain ResNet'),
     (lambda: pspnet('resnet18', num_classes=3, pretrained=True), "choose stem='plain'"),
+    (lambda: cifar_resnet(18, 10), 'depth is 6n.2 .*got 18'),
+    (lambda: cifar_resnet(2, 10), 'got 2'),
+    (lambda: cifar_resnet(20, 0), 'at least 1, got 0'),
+    (lambda: espnetc(0), 'at least 1, got 0'),
+    (lambda: ESP(4, 4), '5 channels or more, got 4'),
     (lambda: tiny_student(3)(torch.zeros(3, 32, 32)), r'got \(3, 32, 32\)'),
     (lambda: tiny_student(3)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), 'torch.uint8')])
 def test_refused(call, message):
