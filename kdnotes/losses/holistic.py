@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .divergence import at_least_float32, check_pair
 
-# %% ../../nbs/losses/11_holistic.ipynb #d1add5ba
+# %% ../../nbs/losses/11_holistic.ipynb #4ee1ee44
 def _score(critic, score_map: Tensor, image=None, frozen=False) -> Tensor:
     "The critic's scores, outside autocast; `frozen`: no gradient for the critic's parameters."
     inputs = (at_least_float32(score_map),) if image is None else (at_least_float32(score_map), image)
     with torch.autocast(score_map.device.type, enabled=False):
         if not (frozen and isinstance(critic, nn.Module)): return critic(*inputs)
-        copies = {name: p.detach() for name, p in critic.named_parameters()}
-        return torch.func.functional_call(critic, copies, inputs)
+        detached = {name: p.detach() for name, p in critic.named_parameters()}
+        return torch.func.functional_call(critic, detached, inputs)
 
 def _check_kind(kind):
     if kind not in ('wasserstein', 'hinge'):
@@ -161,8 +161,22 @@ def _critic_input(critic, score_map, image):
     small = F.interpolate(image.detach().to(x.dtype), shape[2:], mode='bilinear', antialias=True)
     return torch.cat([x, small], 1)
 
-# %% ../../nbs/losses/11_holistic.ipynb #cf7ca822
-class Critic(nn.Module):
+# %% ../../nbs/losses/11_holistic.ipynb #084512c0
+class _Startable(nn.Module):
+    "What a critic does between its forward passes."
+    def power_iteration(self,
+                        steps: int = 1):        # of the iteration
+        "Let the spectral norm follow the weights; call it after an optimiser's step, as `Holistic` does."
+        for conv in self.convs: conv.power_iteration(steps)
+    def draw(self):
+        "Start again, from torch's CPU generator as it stands: all parameters and the spectral vectors."
+        fresh = Critic(self.num_classes, image_channels=self.image_channels, width=self.convs[0].out_channels,
+                       norm=self.norm, seed=None)
+        self.load_state_dict(fresh.state_dict())                # keeps device and dtype
+    def extra_repr(self): return f'seed={self.seed}'
+
+# %% ../../nbs/losses/11_holistic.ipynb #c2bd9eb7
+class Critic(_Startable):
     """The critic of structured knowledge distillation: five 4x4 convolutions
     (all but the last with spectral norm and LeakyReLU 0.1), two self-attention modules between the last
     three, one score per map.
@@ -176,13 +190,13 @@ class Critic(nn.Module):
                  image_channels: int = 3,       # of the condition; 0: none, as in the official code
                  width: int = 64,               # channels of the first layer; then 2, 4, 8 times as many
                  norm: str | None = 'batch',    # of the score map on entry: 'batch', 'instance' or None
-                 seed: int = 0):                # of the first weights
+                 seed: int | None = 0):         # of the start; None: from torch's generator, see `draw`
         super().__init__()
         if norm not in _NORMS: raise ValueError(f'norm is one of {list(_NORMS)}, got {norm!r}')
-        self.num_classes, self.image_channels, self.norm = num_classes, image_channels, norm
+        self.num_classes, self.image_channels, self.norm, self.seed = num_classes, image_channels, norm, seed
         sizes = [num_classes + image_channels, width, 2 * width, 4 * width, 8 * width]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None: torch.default_generator.manual_seed(seed)
             self.entry = _NORMS[norm](num_classes)
             self.convs = nn.ModuleList(map(_SpectralConv, sizes, sizes[1:], (8, 8, 8, 4)))
             self.attention = nn.ModuleList(map(SelfAttention, sizes[3:]))
@@ -197,12 +211,8 @@ class Critic(nn.Module):
             for conv in self.convs[:3]: x = F.leaky_relu(conv(x), .1)
             x = F.leaky_relu(self.convs[3](self.attention[0](x)), .1)
             return self.last(self.attention[1](x)).mean((1, 2, 3))
-    def power_iteration(self,
-                        steps: int = 1):        # of the iteration
-        "Let the spectral norm follow the weights; call it after an optimiser's step, as `Holistic` does."
-        for conv in self.convs: conv.power_iteration(steps)
 
-# %% ../../nbs/losses/11_holistic.ipynb #85d8f81a
+# %% ../../nbs/losses/11_holistic.ipynb #54a1d920
 @torch.no_grad()
 def health(
     critic,                       # any module called critic(score_map) or critic(score_map, image) -> scores
@@ -215,7 +225,7 @@ def health(
     """Is the critic fit to teach: 'healthy', 'steep' (the penalty does not hold it), 'flat' (no gradient),
     'blind' (no gap), or 'broken' (not finite).
 
-    Every critic is blind or flat when it starts. Raises ValueError naming both shapes if they differ."""
+    A `Critic` is flat when it starts, then blind. Raises ValueError naming both shapes if they differ."""
     s, t = at_least_float32(student_map), at_least_float32(teacher_map)
     gap = -critic_loss(critic, s, t, image).item()
     distance = (t - s).flatten(1).norm(dim=1).mean().item()
@@ -227,17 +237,19 @@ def health(
     else: verdict = 'healthy' if gap > .02 * slope * distance else 'blind'
     return dict(gap=gap, distance=distance, slope=slope, limit=limit, verdict=verdict)
 
-# %% ../../nbs/losses/11_holistic.ipynb #7377913f
+# %% ../../nbs/losses/11_holistic.ipynb #66bc25c8
 _OPTIMISERS = {   # name -> (optimiser of parameters and rate, factor of the loss); 'sgd': the official code's
     'adam': (lambda p, lr: torch.optim.Adam(p, lr=lr, betas=(.9, .99)), 1.),
     'sgd': (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=.9, weight_decay=5e-4), .1)}
 
 _SETTINGS = ('kind', 'penalty', 'optimizer', 'lr', 'steps')
 
-def _average(grads):
-    "The mean over all processes, if there are several."
+def _average(parameters):
+    "The mean of the gradients over all processes, if there are several."
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-    for g in grads: torch.distributed.all_reduce(g.div_(torch.distributed.get_world_size()))
+    for p in parameters:
+        if p.grad is None: p.grad = torch.zeros_like(p)             # every process sends the same list
+        torch.distributed.all_reduce(p.grad.div_(torch.distributed.get_world_size()))
 
 def _step(term, own, maps):
     "One step of the critic's optimiser over the parameters `own`; (loss, penalty)."
@@ -245,14 +257,20 @@ def _step(term, own, maps):
     penalty = gradient_penalty(term.critic, *maps) if term.penalty else torch.zeros_like(loss)
     term.own_step.zero_grad()
     (_OPTIMISERS[term.optimizer][1] * (loss + term.penalty * penalty)).backward()
-    _average([p.grad for p in own if p.grad is not None])
+    _average(own)
     term.own_step.step()
     if hasattr(term.critic, 'power_iteration'): term.critic.power_iteration()
     return loss.detach(), penalty.detach()
 
-# %% ../../nbs/losses/11_holistic.ipynb #5312f503
+# %% ../../nbs/losses/11_holistic.ipynb #f9a08713
 class _OwnStep(nn.Module):
-    "A module with an optimiser of its own, whose memory is saved, moved and cast with the module."
+    "A module with a critic and its optimiser, whose memory is saved, moved and cast with the module."
+    def prepare(self,
+                teacher=None,                   # not looked at
+                data=None):                     # not looked at
+        "Draw the start of a `Critic(seed=None)` from torch's generator; other critics stay as they are."
+        if isinstance(self.critic, Critic) and self.critic.seed is None:
+            self.critic.draw(); self.own_step.state.clear()             # and its optimiser remembers nothing
     def get_extra_state(self) -> Tensor:
         file = io.BytesIO(); torch.save(self.own_step.state_dict(), file)
         return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
@@ -263,13 +281,14 @@ class _OwnStep(nn.Module):
         super()._apply(*args); self.own_step.load_state_dict(self.own_step.state_dict())
         return self
 
-# %% ../../nbs/losses/11_holistic.ipynb #8967d329
+# %% ../../nbs/losses/11_holistic.ipynb #6584c924
 class Holistic(_OwnStep):
     """Holistic distillation: minus the mean score that a critic gives the student's maps.
 
     Called `loss(student, teacher, image=None)` on two (B,C,H,W) maps (ValueError names unequal ones); the
     0-dim value means nothing alone, is not 0 for equal maps. `update` takes the critic's step; outside it the
-    critic is frozen. `needs` is ('image',) for a critic with image_channels > 0, else ().
+    critic is frozen. `prepare` draws the start of a `Critic(seed=None)`. `needs` is ('image',) for a critic
+    with image_channels > 0, else ().
     Source: Liu et al., SKD, arXiv 1903.04197."""
     def __init__(self,
                  critic: nn.Module,             # called critic(score_map, image) if it has image_channels > 0
@@ -294,11 +313,11 @@ class Holistic(_OwnStep):
         check_pair(student, teacher, layout='BCHW')
         return generator_loss(self.critic, student, image)
     def update(self,
-               student: Tensor,                 # (B,C,H,W); detached inside
+               student: Tensor,                 # (B,C,H,W), all maps of the step; detached inside
                teacher: Tensor,                 # the same shape; detached inside
                image: Tensor | None = None,     # (B,3,any,any), for a critic with a condition
                ) -> dict:                       # `loss` and `penalty` of the last step, 0-dim
-        "The critic's own step or steps."
+        "The critic's own step or steps; several processes, each with as many maps, average their gradients."
         return _update(self, (student, teacher, image))
     def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)!r}' for k in _SETTINGS)
 
