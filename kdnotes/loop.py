@@ -284,13 +284,14 @@ class _Passes:
         loader = train_loader(self.data, self.size, steps=start + len(self), start=start, seed=self.seed, workers=self.workers)
         return (send_to_device(batch, self.device) for batch in loader)
 
-# %% ../nbs/training/05_loop.ipynb #4d29f34a
+# %% ../nbs/training/05_loop.ipynb #c425e971
 def _ready(accelerator, distiller, data, budget, seed, resumes):
     "Networks on the device, adapters made, losses prepared (unless a checkpoint brings that); the plan in words."
     distiller.to(accelerator.device)
     if budget.channels_last: distiller.to(memory_format=torch.channels_last)
     first = send_to_device(default_collate([data[0, 0]]), accelerator.device)
-    plan = distiller.prepare(first, data=_Passes(data, budget, seed, accelerator.device), seed=seed, losses=not resumes)
+    pictures = keyed(getattr(data, 'uncached', data), seed)                              # a cache holds the steps of a run, not these passes
+    plan = distiller.prepare(first, data=_Passes(pictures, budget, seed, accelerator.device), seed=seed, losses=not resumes)
     if budget.sync_batchnorm:
         for name in ('student', 'adapters'): setattr(distiller, name, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(distiller, name)))
     return plan
