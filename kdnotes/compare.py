@@ -45,7 +45,14 @@ def _differences(a, b, at=''):
         return [line for i, (x, y) in enumerate(zip(a, b)) for line in _differences(x, y, f'{at}[{i}]')]
     return [] if a == b else [f'{at}: {a!r}, now {b!r}']
 
-# %% ../nbs/training/11_compare.ipynb #69d5d2d8
+# %% ../nbs/training/11_compare.ipynb #238e5c2a
+_RUN = ('kind', 'method', 'seed', 'teacher_cache')                                       # what a run adds to the settings of its recipe
+
+def _settings(out):
+    "The settings that a folder was made with; {} for a new one."
+    file = Path(out) / 'settings.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+
 def open_folder(
     out,                # the folder of the comparison
     settings: dict,     # plain data that must not change between calls
@@ -55,9 +62,12 @@ def open_folder(
     if out.exists() and not out.is_dir(): raise ValueError(f'{out} is a file, expected a folder')
     file = out / 'settings.json'
     if file.exists():
-        found = json.loads(file.read_text(encoding='utf-8'))
-        lines = _differences(found, json.loads(json.dumps(settings)))
+        found, now = _settings(out), json.loads(json.dumps(settings))
+        examined = found.get('kind') == 'doctor' != now.get('kind')                    # only a teacher is there: a run may follow
+        if examined: found = {k: v for k, v in now.items() if k in _RUN} | {k: v for k, v in found.items() if k not in _RUN}
+        lines = _differences(found, now)
         if lines: raise ValueError(f'{out} holds a run with other settings: {"; ".join(lines[:5])}. Choose another folder, or the same settings')
+        if examined: write_json(file, settings)
     elif out.exists() and any(not p.name.startswith('.') for p in out.iterdir()): raise ValueError(f'{out} is not empty and holds no comparison: choose another folder')
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -305,7 +315,7 @@ def compare(
     processes_here().wait_for_everyone()
     return results
 
-# %% ../nbs/training/11_compare.ipynb #23c17bd8
+# %% ../nbs/training/11_compare.ipynb #deb89efa
 def train(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of the run
@@ -320,7 +330,7 @@ def train(
 ) -> dict:                           # results in the form of a comparison, with one run
     "Train one student with one method of a recipe; writes results.json and the student's weights. FileExistsError for a used folder without `resume`."
     full, method = find_recipe(recipe), _one(find_recipe(recipe), method)
-    used = (Path(out) / 'settings.json').exists()
+    used = _settings(out).get('kind', 'doctor') != 'doctor'
     processes_here().wait_for_everyone()                     # all have looked before one writes
     if used and not resume: raise FileExistsError(f'{out} holds a run already: resume goes on with it, another folder starts anew')
     command = _command('kdnotes_train', full, method=method, data_root=data_root, out=out, seed=seed, max_steps=max_steps, teacher_cache=teacher_cache)
@@ -333,7 +343,7 @@ def train(
     processes_here().wait_for_everyone()
     return results
 
-# %% ../nbs/training/11_compare.ipynb #d63e6b5f
+# %% ../nbs/training/11_compare.ipynb #0403b14f
 def examine(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of a run or comparison of this recipe, or a new one: only its teacher is used
@@ -347,9 +357,8 @@ def examine(
     progress: bool = True,           # show bars
 ) -> Diagnosis:                      # findings, faults first
     "Is distillation really on, in this recipe with this method?"
-    method, file = _one(find_recipe(recipe), method), Path(out) / 'settings.json'
-    found = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {'kind': 'doctor'}
-    recipe, out, splits = _prepare(recipe, out, data_root, max_steps, **{k: found[k] for k in ('kind', 'method', 'seed', 'teacher_cache') if k in found})
+    method, found = _one(find_recipe(recipe), method), _settings(out) or {'kind': 'doctor'}
+    recipe, out, splits = _prepare(recipe, out, data_root, max_steps, **{k: found[k] for k in _RUN if k in found})
     teacher, _ = teacher_of(recipe, splits, out / 'teacher', progress=progress)
     splits = _answered(teacher_cache, recipe, [method], [seed], teacher, splits, progress)
     torch.manual_seed(seed)

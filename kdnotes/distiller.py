@@ -182,7 +182,7 @@ def _must_resize(term, s, t, where):
     if abs(h * W - w * H) > max(h, w, H, W): raise ValueError(f'{where} differ in map size, and in proportion: choose layers that see the same picture')    # a cell of rounding is allowed
     return True
 
-# %% ../nbs/training/04_distiller.ipynb #37ae810f
+# %% ../nbs/training/04_distiller.ipynb #3139ef63
 def _fit_adapter(term, s, t, where):
     "The module that makes the student's channels fit the teacher's at this term, or None; ValueError if there is no sane one."
     if isinstance(term.adapter, nn.Module): return term.adapter
@@ -194,7 +194,9 @@ def _fit_adapter(term, s, t, where):
     k = 3 if term.adapter == '3x3' else 1
     return nn.Conv2d(s.shape[1], t.shape[1], k, padding=k // 2, bias=False)
 
-# %% ../nbs/training/04_distiller.ipynb #1d9b50d1
+def _kind(adapter): return f"{type(adapter).__name__}{'{}x{}'.format(*adapter.kernel_size) if isinstance(adapter, nn.Conv2d) else ''}"
+
+# %% ../nbs/training/04_distiller.ipynb #4e1f4447
 @patch
 def prepare(self: Distiller,
             batch: dict,                 # one batch, to see the shapes
@@ -226,8 +228,7 @@ def prepare(self: Distiller,
     self.train(was_training); self.prepared = True
     return plan
 
-def _kind(adapter): return f"{type(adapter).__name__}{'{}x{}'.format(*adapter.kernel_size) if isinstance(adapter, nn.Conv2d) else ''}"
-
+# %% ../nbs/training/04_distiller.ipynb #6f439862
 @patch
 def _teacher_at(self: Distiller, place):
     "The teacher cut at `place`: a function image -> tensor, without gradient."
