@@ -149,7 +149,7 @@ def forward(self: Distiller,
         if hasattr(t.loss, 'update'): self._seen.setdefault(t.name, []).append([x.detach() if isinstance(x, Tensor) else x for x in inputs])
     return {**parts, 'loss': total}
 
-# %% ../nbs/training/04_distiller.ipynb #7e510a26
+# %% ../nbs/training/04_distiller.ipynb #b0c9df86
 @patch
 @contextmanager
 def compiled(self: Distiller,
@@ -158,6 +158,7 @@ def compiled(self: Distiller,
     if self.terms and not self.prepared: raise RuntimeError('call `prepare(batch)` before compiling: adapters are made there')
     losses = [m for m in self.losses.values() if not hasattr(m, 'update')]
     modules = [m for m in (self.student, self.teacher, *losses) if m is not None]
+    torch._dynamo.reset()                      # or a graph of another network of this class, without taps, is taken for ours
     self._kept = {side: self.taps(side).__enter__() for side in range(2 if self.terms else 1)}
     try:
         for m in modules: m.compile(backend=backend)
