@@ -129,3 +129,23 @@ def test_camvid_for_real(tmp_path):
     run('kdnotes_train', '--recipe', 'camvid', '--method', 'channel_wise', '--max_steps', 1, '--data_root', DATA, '--out', 'out', cwd=tmp_path)
     results = json.loads((tmp_path / 'out/results.json').read_text())
     assert 0 <= results['runs'][0]['metrics']['miou'] < .5 and sum(k.startswith('iou/') for k in results['runs'][0]['metrics']) == 11
+
+
+def test_the_doctor_finds_an_untrained_teacher_and_a_run_may_follow(tmp_path):
+    flags = ('--recipe', 'scenes', '--out', 'run', '--max_steps', 2)
+    done = run('kdnotes_doctor', *flags, '--claimed', .7, cwd=tmp_path, ok=False)
+    assert done.returncode == 1 and done.stdout.startswith('Not as it should be: faults:') and 'remedy:' in done.stdout, done.stderr
+    run('kdnotes_train', *flags, '--method', 'channel_wise', cwd=tmp_path)
+    done = run('kdnotes_doctor', *flags[:-1], 3, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and 'max_steps: 2, now 3' in done.stderr
+
+
+def test_a_teacher_cache_is_filled_once_and_changes_rounding_only(finished, tmp_path):
+    run('kdnotes_compare', *quick('out', '--teacher-cache', 'answers'), cwd=tmp_path)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / 'answers').rglob('*') if p.is_file()}
+    assert files
+    run('kdnotes_compare', *quick('out', '--teacher_cache', 'answers'), cwd=tmp_path)
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / 'answers').rglob('*') if p.is_file()}
+    cached, live = ({(r['method'], r['seed']): r['metrics']['miou'] for r in json.loads((place / 'out/results.json').read_text())['runs']} for place in (tmp_path, finished))
+    assert all(cached['none', seed] == live['none', seed] for seed in (0, 1)) and all(abs(cached[k] - live[k]) < .01 for k in live)
+    assert run('kdnotes_compare', *quick('out'), cwd=tmp_path, ok=False).returncode == 2      # answered live, it would be another comparison
