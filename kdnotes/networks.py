@@ -259,7 +259,7 @@ def fcn(
     def head(in_channels, channels): return FCNHead(in_channels, channels, num_classes)
     return _net(body, head, channels, num_classes, aux, weights)
 
-# %% ../nbs/training/01_networks.ipynb #f5d41084
+# %% ../nbs/training/01_networks.ipynb #08122638
 class Stages(nn.Sequential):
     "Modules in a row that return the list of all their outputs: a backbone for `SegmentationNet`."
     def forward(self, x):
@@ -277,15 +277,20 @@ class Residual(nn.Module):
         *,
         in_channels: int | None = None,     # at most `channels`; None: as many
         stride: int = 1,                    # of the first convolution
+        learned: bool = False,              # where shapes change: 1x1 convolution, BatchNorm; else zeros
     ):
         super().__init__()
-        self.stride, self.new = stride, channels - (in_channels or channels)
-        self.first = _conv(in_channels or channels, channels, stride=stride, dilation=dilation)
+        before = in_channels or channels
+        self.stride, self.new = stride, channels - before
+        self.first = _conv(before, channels, stride=stride, dilation=dilation)
         self.second = _conv(channels, channels, dilation=dilation)[:2]     # no ReLU before the sum
+        changes = stride > 1 or self.new
+        self.beside = _conv(before, channels, 1, stride)[:2] if learned and changes else None
 
     def forward(self, x):
-        beside = x[:, :, ::self.stride, ::self.stride]
-        return F.relu(F.pad(beside, (0, 0, 0, 0, 0, self.new)) + self.second(self.first(x)))
+        every = x[:, :, ::self.stride, ::self.stride]
+        beside = self.beside(x) if self.beside else F.pad(every, (0, 0, 0, 0, 0, self.new))
+        return F.relu(beside + self.second(self.first(x)))
 
 # %% ../nbs/training/01_networks.ipynb #783e1a4f
 def tiny_student(
@@ -331,13 +336,14 @@ class ESP(nn.Module):
 
 def _finish(channels): return nn.Sequential(nn.BatchNorm2d(channels), nn.PReLU(channels))
 
-# %% ../nbs/training/01_networks.ipynb #4b025454
+# %% ../nbs/training/01_networks.ipynb #d277cf01
 class _ESPBody(nn.Module):
     "image -> maps of 131 (stride 4) and 256 channels (stride 8)."
     def __init__(self, deep):
         super().__init__()
         self.shrink = nn.AvgPool2d(3, 2, 1)
-        self.stem, self.join1 = nn.Conv2d(3, 16, 3, 2, 1, bias=False), _finish(19)
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), _finish(16))
+        self.join1 = _finish(19)
         self.down2, self.join2 = ESP(19, 64, stride=2), _finish(131)
         self.level2 = nn.Sequential(*(ESP(64, 64) for _ in range(deep[0])))
         self.down3 = ESP(131, 128, stride=2)
@@ -368,12 +374,14 @@ def espnetc(
     if num_classes < 1: raise ValueError(f'num_classes is at least 1, got {num_classes}')
     return SegmentationNet(_ESPBody(deep), _ESPHead(num_classes))
 
-# %% ../nbs/training/01_networks.ipynb #f401590d
+# %% ../nbs/training/01_networks.ipynb #1dbd1359
 class CifarResNet(nn.Module):
     "image (B,3,H,W) -> logits (B,num_classes); `features` gives the last map, (B,64,H/4,W/4)."
     def __init__(self,
         depth: int,            # 6n+2: 8, 14, 20, 32, 56, 110, ...
         num_classes: int,      # K
+        *,
+        learned_shortcuts: bool = False,    # where a stage begins: 1x1 convolutions; else zeros
     ):
         super().__init__()
         n, left = divmod(depth - 2, 6)
@@ -381,7 +389,8 @@ class CifarResNet(nn.Module):
         if num_classes < 1: raise ValueError(f'num_classes is at least 1, got {num_classes}')
         def stage(a, b, stride):
             others = (Residual(b) for _ in range(n - 1))
-            return nn.Sequential(Residual(b, in_channels=a, stride=stride), *others)
+            first = Residual(b, in_channels=a, stride=stride, learned=learned_shortcuts)
+            return nn.Sequential(first, *others)
         self.features = nn.Sequential(OrderedDict(
             stem=_conv(3, 16), stage1=stage(16, 16, 1), stage2=stage(16, 32, 2), stage3=stage(32, 64, 2)))
         self.classifier = nn.Linear(64, num_classes)
@@ -397,9 +406,11 @@ class CifarResNet(nn.Module):
 def cifar_resnet(
     depth: int,            # 6n+2: 20, 32, 56, 110, ...
     num_classes: int,      # K
+    *,
+    learned_shortcuts: bool = False,    # where a stage begins: 1x1 convolutions as in GLD's code; else zeros
 ) -> CifarResNet:
     "The residual network of He et al. for CIFAR, initialised from torch's random state."
-    return CifarResNet(depth, num_classes)
+    return CifarResNet(depth, num_classes, learned_shortcuts=learned_shortcuts)
 
 # %% ../nbs/training/01_networks.ipynb #f62103e6
 _ADVICE = (

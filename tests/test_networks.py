@@ -140,6 +140,20 @@ def test_cifar_resnet_reads_its_last_map():
         assert net(torch.randn(1, 3, 37, 50)).shape == (1, 7)
 
 
+@pytest.mark.parametrize('depth, params', [(20, 272_474), (110, 1_730_714)])
+def test_shortcuts_with_weights(depth, params):
+    net = cifar_resnet(depth, 10, learned_shortcuts=True)
+    assert sum(p.numel() for p in net.parameters()) == params
+    learned = [name for name, m in net.named_modules() if name.endswith('beside')]
+    assert learned == ['features.stage2.0.beside', 'features.stage3.0.beside']               # only where a stage begins
+    block = Residual(6, in_channels=4, stride=2, learned=True).eval()
+    nn.init.zeros_(block.second[1].weight)
+    x = torch.randn(2, 4, 8, 10)
+    conv, norm = block.beside
+    assert (conv.kernel_size, conv.stride, conv.bias) == ((1, 1), (2, 2), None)
+    assert torch.equal(block(x), norm(conv(x)).relu()) and block(x).any()
+
+
 def test_a_shortcut_without_weights():
     block = Residual(6, in_channels=4, stride=2).eval()
     nn.init.zeros_(block.second[1].weight)                                                   # nothing but the shortcut is left

@@ -13,7 +13,7 @@ from kdnotes.losses.channel_wise import ChannelWise
 from kdnotes.losses.holistic import Critic, Holistic
 from kdnotes.losses.knowledge_adaptation import KnowledgeAdaptation
 from kdnotes.networks import tiny_teacher
-from kdnotes.recipes import RECIPES, Shelf, describe, scenes_recipe
+from kdnotes.recipes import RECIPES, Shelf, Splits, describe, scenes_recipe
 
 ROWS = 'cwd', 'ifvd', 'at', 'local', 'pa', 'pi', 'ho'
 NAMES = ['scenes', 'camvid', 'scenes-all', 'camvid-all', 'skd-cityscapes-r18', *(f'{row}-cityscapes-r18' for row in ROWS), 'skd-camvid-espnetc',
@@ -177,6 +177,35 @@ def test_what_was_published_stands_in_the_recipes():
     loss = ka.methods['knowledge_adaptation'][0].loss
     assert (loss.beta, loss.gamma, ka.budget.lr, ka.budget.weight_decay, ka.budget.batch_size) == (50., 1., .007, 4e-5, 16)
     assert (gld.methods['global_local'][0].loss.alpha, gld.task_weights['global_local'], gld.budget.steps) == (.7, pytest.approx(.3), 156_250)
+    assert gld.budget.milestones == (78_125, 117_187) and gld.budget == gld.teacher_budget           # 200, 100, 150 passes of 50 000 in 64s
+    assert all(build().features.stage3[0].beside for build in (gld.teacher, gld.student))            # 1x1 convolutions, as GLD's models.py
+    assert loss.channels == (256, 256, 128) and loss.strides == (2, 1, 1) and loss.adapter_layers == 1
+    skd = RECIPES['skd-cityscapes-r18'].methods
+    assert [t.loss.granularity for t in skd['skd'][1:2] + skd['skd_paper'][1:2]] == [(32, 32), (2, 2)]
+    critics = [skd['skd'][2].loss, skd['skd_paper'][2].loss, RECIPES['ho-cityscapes-r18'].methods['logits'][0].loss]
+    assert [(c.optimizer, c.lr, c.penalty, c.critic.image_channels) for c in critics] == [('sgd', 4e-4, 10., 0), ('adam', 4e-4, 10., 3), ('adam', 4e-4, 10., 0)]
+
+
+def test_what_is_remembered_or_found_nowhere_is_said():
+    for name in NAMES[4:]: assert 'found in no source' in RECIPES[name].about or 'in no source' in RECIPES[name].about
+    for name in [n for n in NAMES if n.startswith(('cwd', 'ka')) or 'espnetc' in n]: assert 'remembered' in RECIPES[name].about
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recipe_is_a_page(name):
+    recipe = RECIPES[name]
+    for page in (repr(recipe), recipe._repr_markdown_()):
+        assert ' at 0x' not in page and len(page) < 5000 and page.endswith(recipe.about)
+        for word in (name, f'steps={recipe.budget.steps}', f'lr={recipe.budget.lr}', recipe.student.func.__name__, *recipe.methods): assert word in page
+        for t in [t for terms in recipe.methods.values() for t in terms]: assert f'{t.weight:.4g} {type(t.loss).__name__}(' in page and f'at {t.at}' in page
+    assert ('crop=' in page) != name.startswith('scenes')
+
+
+def test_a_recipe_of_ones_own_is_a_page():
+    scenes = RECIPES['scenes']
+    page = repr(replace(scenes, data=Splits([1], [2]), teacher=tiny_teacher(8), teacher_budget=None, student=lambda: tiny_teacher(8), about='Mine.'))
+    assert 'data sets as given' in page and 'SegmentationNet' in page and '<lambda>' in page and page.endswith('Mine.')
+    assert '<lambda>' in repr(replace(scenes, data=lambda root: None))
 
 
 def test_shared_settings_of_the_table():
