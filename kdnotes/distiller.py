@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEEDS', 'Term', 'Distiller']
 
-# %% ../nbs/training/04_distiller.ipynb #337a290f
+# %% ../nbs/training/04_distiller.ipynb #85d5eefe
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .taps import Taps, find_module
 
-# %% ../nbs/training/04_distiller.ipynb #fc94df29
+# %% ../nbs/training/04_distiller.ipynb #3b0b4c1a
 def _classifiers(distiller):
     "The layers of student and teacher that turn features into class scores."
     models = distiller.student, distiller.teacher
@@ -30,11 +30,17 @@ def _classifiers(distiller):
 NEEDS = {'labels':      lambda distiller, batch: (distiller.task.labels(batch),),        # what a loss may ask for
          'image':       lambda distiller, batch: (batch['image'],),
          'classifiers': lambda distiller, batch: _classifiers(distiller)}
-_TAKEN = {'loss', 'task', 'step', 'lr', 'keys', 'values', 'items', 'type', 'pop', 'clear', 'update'}      # columns of a history, attributes of torch's dictionaries
+
+# %% ../nbs/training/04_distiller.ipynb #0e2108f4
+# columns of a history, attributes of torch's dictionaries
+_TAKEN = {'loss', 'task', 'step', 'lr', 'keys', 'values', 'items', 'type', 'pop', 'clear', 'update'}
 
 @dataclass
 class Term:
-    "One distillation term of a method: compare student and teacher `at` a place with `loss`, times `weight`."
+    """One distillation term of a method: compare student and teacher `at` a place with `loss`, times `weight`.
+
+    ValueError, naming what was given, for a loss that cannot be called or needs something unknown, another kind of
+    place, weight or adapter, and a name that a log could not hold."""
     loss: nn.Module                      # loss(student, teacher, *needs) -> 0-dim tensor
     at: str | tuple                      # 'logits', a dotted path, or (student path, teacher path)
     weight: float                        # factor in the total; 0 switches the term off
@@ -43,7 +49,8 @@ class Term:
 
     def __post_init__(self):
         if not callable(self.loss): raise ValueError(f'a term needs a loss module, got {self.loss!r}')
-        if not (isinstance(self.at, str) or (isinstance(self.at, tuple) and len(self.at) == 2 and all(isinstance(o, str) for o in self.at))):
+        pair = isinstance(self.at, tuple) and len(self.at) == 2 and all(isinstance(path, str) for path in self.at)
+        if not (isinstance(self.at, str) or pair):
             raise ValueError(f"`at` is 'logits', a dotted path or (student path, teacher path); got {self.at!r}")
         if not (isinstance(self.weight, (int, float)) and 0 <= self.weight < float('inf')):
             raise ValueError(f'a weight is a number >= 0, got {self.weight!r}')
@@ -51,16 +58,20 @@ class Term:
             raise ValueError(f"`adapter` is 'auto', None, '1x1', '3x3' or a module, got {self.adapter!r}")
         if self.name is None: self.name = re.sub(r'(?<!^)(?=[A-Z])', '_', type(self.loss).__name__).lower()
         if not re.fullmatch(r'[A-Za-z_]\w*', self.name) or self.name in _TAKEN:
-            raise ValueError(f'{self.name!r} cannot name a term: expected letters, digits and _, and none of {sorted(_TAKEN)}; give it a `name=`')
+            raise ValueError(f'{self.name!r} cannot name a term: expected letters, digits and _, '
+                             f'and none of {sorted(_TAKEN)}; give it a `name=`')
         unknown = [n for n in getattr(self.loss, 'needs', ()) if n not in NEEDS]
         if unknown: raise ValueError(f'{self.name} needs {unknown}: a loss may need {sorted(NEEDS)}')
 
     @property
     def places(self): return (self.at, self.at) if isinstance(self.at, str) else self.at
 
-# %% ../nbs/training/04_distiller.ipynb #d8cc1f63
+# %% ../nbs/training/04_distiller.ipynb #6fda0fa8
 class Distiller(nn.Module):
-    "A student, a frozen teacher, a task and weighted terms; calling it on a batch gives the losses of one training step."
+    """A student, a frozen teacher, a task and weighted terms; calling it on a batch gives the losses of one step.
+
+    The teacher given is frozen for good: `requires_grad` False, eval mode. ValueError for terms without a teacher, two
+    terms of one name, a path that a network does not have, or a classifier that it does not name."""
     def __init__(self,
                  student: nn.Module,            # the network to train
                  teacher: nn.Module | None,     # the network to learn from; None for plain training
@@ -90,7 +101,7 @@ class Distiller(nn.Module):
         if self.teacher is not None: self.teacher.eval()
         return self
 
-# %% ../nbs/training/04_distiller.ipynb #693e7ea2
+# %% ../nbs/training/04_distiller.ipynb #0330d1af
 def _places(model, output, taps, places, task):
     "The tensors found at `places` after a forward pass."
     found = {p: task.logits(output) if p == 'logits' else taps[p] for p in places}
@@ -103,9 +114,8 @@ def listen(self: Distiller,
            model: nn.Module,         # student or teacher
            image: Tensor,            # (B,3,H,W)
            side: int) -> tuple:      # 0 student, 1 teacher -> (output, tensors by place)
-    "Run `model` and collect what the terms want of it."
+    "Run `model` and collect what the terms want of it; ValueError for a place that gives no tensor."
     places, kept = {t.places[side] for t in self.terms}, self._kept.get(side)
-    if kept: kept.forget()
     with nullcontext(kept) if kept else self.taps(side) as taps: output = model(image)
     return output, _places(model, output, taps, places, self.task)
 
@@ -113,13 +123,13 @@ def listen(self: Distiller,
 def taps(self: Distiller,
          side: int) -> Taps:      # 0 student, 1 teacher
     "Fresh taps at the places that the terms name on this side."
-    return Taps((self.student, self.teacher)[side], {p: p for p in (t.places[side] for t in self.terms) if p != 'logits'})
+    return Taps((self.student, self.teacher)[side], {p: p for t in self.terms if (p := t.places[side]) != 'logits'})
 
-# %% ../nbs/training/04_distiller.ipynb #37762298
+# %% ../nbs/training/04_distiller.ipynb #8805f5a1
 @patch
 def their(self: Distiller,
           batch: dict) -> dict:     # place -> the teacher's tensor, without gradient
-    "What the teacher says of a batch: from the batch if it brings it along, else by running the teacher."
+    "What the teacher says of a batch: what the batch brings along (ValueError if a place is missing), else by running it."
     places = {t.places[1] for t in self.terms}
     if 'teacher' not in batch:
         with torch.no_grad(): return self.listen(self.teacher, batch['image'], 1)[1]
@@ -127,14 +137,15 @@ def their(self: Distiller,
     if missing: raise ValueError(f"the batch brings the teacher's {sorted(batch['teacher'])}, but the terms also want {missing}")
     return {p: batch['teacher'][p].to(batch['image'].dtype) for p in places}
 
-# %% ../nbs/training/04_distiller.ipynb #44f84141
+# %% ../nbs/training/04_distiller.ipynb #34e9e376
 @patch
 def forward(self: Distiller,
             batch: dict,             # of tensors
-            share: float = 1.        # factor of the task's loss: see the loop, which makes a mean of means a mean
+            share: float = 1.        # factor of the task's loss, by which the loop makes a mean of parts the mean
             ) -> dict:               # 'loss' (weighted total), 'task' and each term's name (unweighted), 0-dim
-    "The losses of one step, equation (1)."
-    if self.terms and not self.prepared: raise RuntimeError('call `prepare(batch)` once before the first step: it fits adapters to the two networks')
+    "The losses of one step, equation (1); RuntimeError before `prepare`."
+    if self.terms and not self.prepared:
+        raise RuntimeError('call `prepare(batch)` once before the first step: it fits adapters to the two networks')
     output, ours = self.listen(self.student, batch['image'], 0)
     parts = {'task': share * self.task.loss(output, batch)}
     total = self.task_weight * parts['task']
@@ -146,29 +157,30 @@ def forward(self: Distiller,
         inputs = (s, t_, *(x for need in getattr(t.loss, 'needs', ()) for x in NEEDS[need](self, batch)))
         parts[t.name] = t.loss(*inputs)
         total = total + t.weight * parts[t.name]                                       # (1)
-        if hasattr(t.loss, 'update'): self._seen.setdefault(t.name, []).append([x.detach() if isinstance(x, Tensor) else x for x in inputs])
+        if self.training and hasattr(t.loss, 'update'):
+            self._seen.setdefault(t.name, []).append([x.detach() if isinstance(x, Tensor) else x for x in inputs])
     return {**parts, 'loss': total}
 
-# %% ../nbs/training/04_distiller.ipynb #b0c9df86
+# %% ../nbs/training/04_distiller.ipynb #349155de
 @patch
 @contextmanager
 def compiled(self: Distiller,
              backend: str = 'inductor'):      # of torch.compile
-    "Inside the block student, teacher and losses run compiled, with their taps in place; afterwards they are as before."
+    "Student, teacher and losses run compiled inside the block, with their taps in place; afterwards they are as before."
     if self.terms and not self.prepared: raise RuntimeError('call `prepare(batch)` before compiling: adapters are made there')
     losses = [m for m in self.losses.values() if not hasattr(m, 'update')]
-    modules = [m for m in (self.student, self.teacher, *losses) if m is not None]
     torch._dynamo.reset()                      # or a graph of another network of this class, without taps, is taken for ours
-    self._kept = {side: self.taps(side).__enter__() for side in range(2 if self.terms else 1)}
-    try:
-        for m in modules: m.compile(backend=backend)
+    with ExitStack() as undo:
+        undo.callback(self._kept.clear)
+        for side, model in enumerate((self.student, self.teacher) if self.terms else (self.student,)):
+            taps = self._kept[side] = undo.enter_context(self.taps(side))
+            undo.callback(model.register_forward_pre_hook(lambda *_, taps=taps: taps.forget()).remove)
+        for m in (self.student, self.teacher, *losses):
+            if m is None: continue
+            m.compile(backend=backend); undo.callback(setattr, m, '_compiled_call_impl', None)
         yield self
-    finally:
-        for m in modules: m._compiled_call_impl = None
-        for taps in self._kept.values(): taps.__exit__()
-        self._kept = {}
 
-# %% ../nbs/training/04_distiller.ipynb #6cdaea94
+# %% ../nbs/training/04_distiller.ipynb #858221d2
 def _resize(s, size):
     "The map at another size: the mean over the cells that fall together, or interpolated between cells."
     if s.shape[2] >= size[0] and s.shape[3] >= size[1]: return F.adaptive_avg_pool2d(s, size)
@@ -180,10 +192,11 @@ def _must_resize(term, s, t, where):
     if isinstance(term.adapter, nn.Module): return False                    # its own business
     (h, w), (H, W) = s.shape[2:], t.shape[2:]
     if term.adapter is None: raise ValueError(f'{where} differ in map size, and adapter=None')
-    if abs(h * W - w * H) > max(h, w, H, W): raise ValueError(f'{where} differ in map size, and in proportion: choose layers that see the same picture')    # a cell of rounding is allowed
+    if abs(h * W - w * H) > max(h, w, H, W):                                # a cell of rounding is allowed
+        raise ValueError(f'{where} differ in map size, and in proportion: choose layers that see the same picture')
     return True
 
-# %% ../nbs/training/04_distiller.ipynb #3139ef63
+# %% ../nbs/training/04_distiller.ipynb #a58c5f00
 def _fit_adapter(term, s, t, where):
     "The module that makes the student's channels fit the teacher's at this term, or None; ValueError if there is no sane one."
     if isinstance(term.adapter, nn.Module): return term.adapter
@@ -195,9 +208,15 @@ def _fit_adapter(term, s, t, where):
     k = 3 if term.adapter == '3x3' else 1
     return nn.Conv2d(s.shape[1], t.shape[1], k, padding=k // 2, bias=False)
 
-def _kind(adapter): return f"{type(adapter).__name__}{'{}x{}'.format(*adapter.kernel_size) if isinstance(adapter, nn.Conv2d) else ''}"
+def _kind(adapter):
+    "Its class, and the size of its kernel if it is a convolution."
+    return type(adapter).__name__ + ('{}x{}'.format(*adapter.kernel_size) if isinstance(adapter, nn.Conv2d) else '')
 
-# %% ../nbs/training/04_distiller.ipynb #4e1f4447
+def _apart(device):
+    "What is drawn inside the block leaves the generators of CPU and this device as they were (all eight GPUs would be woken up)."
+    return torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])
+
+# %% ../nbs/training/04_distiller.ipynb #48dbd0ab
 @patch
 def prepare(self: Distiller,
             batch: dict,                 # one batch, to see the shapes
@@ -205,16 +224,18 @@ def prepare(self: Distiller,
             data=None,                   # batches to pass over, again and again; handed to losses that prepare themselves
             losses: bool = True,         # False: a checkpoint is about to bring what they have prepared
             seed: int = 0) -> list:      # of the adapters and of what losses prepare -> lines describing the adapters made
-    "Build the adapters and let losses prepare themselves; once, before the first step. The global random generator is left as it was."
+    """Build the adapters and let losses prepare themselves; once, before the first step. The random generators are left as
+    they were. ValueError, naming both layers and shapes, where two tensors cannot be brought together."""
     if self.prepared or not self.terms: return []
     plan, was_training = [], self.training
     self.eval(); self.resized.clear()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), _apart(torch.device('cpu')):
         torch.default_generator.manual_seed(seed + 2**32)               # another stream than the networks' own start
-        (_, ours), (_, theirs) = self.listen(self.student, batch['image'], 0), self.listen(self.teacher, batch['image'], 1)
+        ours, theirs = (self.listen(m, batch['image'], side)[1] for side, m in enumerate((self.student, self.teacher)))
         for t in self.terms:
             s, t_ = ours[t.places[0]], theirs[t.places[1]]
-            where = f"{t.name}: student {t.places[0]!r} {tuple(s.shape)} and teacher {t.places[1]!r} {tuple(t_.shape)}"
+            where = (f'{t.name}: student {t.places[0]!r} {tuple(s.shape)} '
+                     f'and teacher {t.places[1]!r} {tuple(t_.shape)}')
             adapter = _fit_adapter(t, s, t_, where)
             if adapter is not None:
                 self.adapters[t.name] = adapter.to(s)                   # its device and dtype
@@ -222,7 +243,7 @@ def prepare(self: Distiller,
             if _must_resize(t, s, t_, where):
                 self.resized.add(t.name)
                 plan.append(f'{t.name}: map {tuple(s.shape[2:])} -> {tuple(t_.shape[2:])}')
-    with torch.random.fork_rng():
+    with _apart(batch['image'].device):
         torch.manual_seed(seed + 2**33)
         for t in self.terms:
             if losses and hasattr(t.loss, 'prepare'): t.loss.prepare(self._teacher_at(t.places[1]), data)
@@ -239,7 +260,7 @@ def _teacher_at(self: Distiller, place):
         return _places(self.teacher, output, taps, [place], self.task)[place]
     return at_place
 
-# %% ../nbs/training/04_distiller.ipynb #dc3c9f28
+# %% ../nbs/training/04_distiller.ipynb #e09117f4
 @patch
 def trainable(self: Distiller) -> list:
     "Parameters for the optimiser: student, adapters, and losses without an `update` of their own."
@@ -248,8 +269,9 @@ def trainable(self: Distiller) -> list:
 
 @patch
 def method(self: Distiller) -> list:
-    "The terms in words, to recognise a run by."
-    return [f'{t.name}: {t.loss!r} at {t.at!r}, weight {t.weight:g}' for t in self.terms] + [f'task weight {self.task_weight:g}']
+    "The terms in words, to recognise a run by; without a function's address, which is another in every process."
+    terms = [f'{t.name}: {t.loss!r} at {t.at!r}, weight {t.weight:g}' for t in self.terms]
+    return [re.sub(' at 0x[0-9a-f]+', '', line) for line in terms] + [f'task weight {self.task_weight:g}']
 
 @patch
 def state(self: Distiller) -> dict:
@@ -262,7 +284,8 @@ def load_state(self: Distiller,
     "Put back what `state` gave; ValueError naming what is missing or unexpected."
     wrong = self.load_state_dict(state, strict=False)
     missing = [k for k in wrong.missing_keys if not k.startswith('teacher.')]
-    if missing or wrong.unexpected_keys: raise ValueError(f'state does not fit: missing {missing[:5]}, unexpected {wrong.unexpected_keys[:5]}')
+    if missing or wrong.unexpected_keys:
+        raise ValueError(f'state does not fit: missing {missing[:5]}, unexpected {wrong.unexpected_keys[:5]}')
 
 @patch
 def update(self: Distiller):
@@ -271,3 +294,8 @@ def update(self: Distiller):
         if t.name not in self._seen: continue
         micro = zip(*self._seen.pop(t.name))                           # the micro-batches of a step are one batch again
         t.loss.update(*(torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in micro))
+
+@patch
+def forget(self: Distiller):
+    "Drop the maps kept for `update`: those of a step that broke off, or that the optimiser refused."
+    self._seen.clear()

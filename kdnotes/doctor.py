@@ -613,7 +613,7 @@ def _stored(e):
         elif 'teacher' in e.batch: found.append(_note(what, gap, 'stored, and its own'))
     return found
 
-# %% ../nbs/training/08_doctor.ipynb #7e3616d7
+# %% ../nbs/training/08_doctor.ipynb #943ae3b7
 def _images(e):
     image = e.batch['image'].float()
     found = [_note('largest channel mean of the images', image.mean((0, 2, 3)).abs().max().item(),
@@ -631,7 +631,8 @@ def _images(e):
 def _labels(e):
     if e.strays: return [_fault(
         'labels that are neither a class nor to be ignored', e.strays,
-        f'classes are 0..{e.task.num_classes - 1}, ' f"ignored is {getattr(e.task, 'ignore_index', None)}", 'map the labels; set `ignore_index`')]
+        f"classes are 0..{e.task.num_classes - 1}, ignored is {getattr(e.task, 'ignore_index', None)}",
+        'map the labels; set `ignore_index`')]
     if e.labelled: return []
     return [_fault('labelled positions in the batch', 0, 'every label is ignored: the task teaches nothing',
                    'check `ignore_index`, the label mapping, the crop')]

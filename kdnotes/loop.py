@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Budget', 'make_optimizer', 'History', 'evaluate', 'keyed', 'step_seed', 'processes_here', 'fit', 'train_supervised']
 
-# %% ../nbs/training/05_loop.ipynb #95d6f11f
+# %% ../nbs/training/05_loop.ipynb #20c0214a
 import copy, os, signal, threading, time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,19 +16,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, send_to_device
+from accelerate.utils import GradientAccumulationPlugin, broadcast, send_to_device
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from .data.datasets import Augmented, eval_loader, train_loader
-from .distiller import Distiller
+from .distiller import Distiller, _apart
 from .networks import atomic_write
 
-# %% ../nbs/training/05_loop.ipynb #70da574d
+# %% ../nbs/training/05_loop.ipynb #ce653329
 @dataclass(frozen=True)
 class Budget:
-    "How long and how to train: the same for all methods that are compared."
+    "How long and how to train: the same for all methods that are compared; ValueError naming a value that makes no sense."
     steps: int                    # optimiser steps
     batch_size: int = 8           # samples of one step, over all processes and micro-batches
     lr: float = .01               # before decay and warm-up
@@ -36,7 +37,7 @@ class Budget:
     momentum: float = .9          # of SGD
     weight_decay: float = 5e-4    # of every parameter
     power: float = .9             # of the polynomial decay
-    milestones: tuple = ()        # steps at which the rate falls to a tenth, instead of that decay
+    milestones: tuple = ()        # steps from which the rate is a tenth of what it was, instead of that decay
     warmup: int = 0               # steps in which the rate rises linearly
     clip: float | None = None     # largest norm of the gradient
     accumulation: int = 1         # micro-batches a step is split into
@@ -45,23 +46,30 @@ class Budget:
     eval_batch: int = 1           # images at a time when scoring
     channels_last: bool = False   # lay out pixel by pixel: faster convolutions on GPUs
     compile: bool | str = False   # torch.compile student, teacher and losses; a string names the backend
-    sync_batchnorm: bool = False  # BatchNorm's statistics over all processes (GPUs only)
+    sync_batchnorm: bool = False  # BatchNorm's statistics over all processes while training (GPUs only)
 
     def __post_init__(self):
         for name, least in (('steps', 1), ('batch_size', 1), ('accumulation', 1), ('eval_batch', 1), ('warmup', 0), ('workers', 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least: raise ValueError(f'{name} is a whole number, {least} or more; got {value!r}')
-        if not (0 < self.lr < float('inf') and self.weight_decay >= 0 and self.power >= 0): raise ValueError(f'lr > 0, weight_decay >= 0 and power >= 0, got {self}')
-        if list(self.milestones) != sorted(self.milestones) or any(not isinstance(m, int) for m in self.milestones): raise ValueError(f'milestones are whole numbers, rising; got {self.milestones!r}')
-        if self.batch_size % self.accumulation: raise ValueError(f'batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches')
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f'{name} is a whole number, {least} or more; got {value!r}')
+        if not (0 < self.lr < float('inf') and self.weight_decay >= 0 and self.power >= 0):
+            raise ValueError(f'lr > 0, weight_decay >= 0 and power >= 0, got {self}')
+        if self.clip is not None and not self.clip > 0: raise ValueError(f'clip is a number > 0, or None; got {self.clip!r}')
+        if not (all(isinstance(m, int) for m in self.milestones) and list(self.milestones) == sorted(self.milestones)):
+            raise ValueError(f'milestones are whole numbers, rising; got {self.milestones!r}')
+        if self.batch_size % self.accumulation:
+            raise ValueError(f'batch_size {self.batch_size} does not divide into {self.accumulation} micro-batches')
         if self.optimizer not in ('sgd', 'adamw'): raise ValueError(f"optimizer is 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.precision not in ('no', 'bf16', 'fp16'): raise ValueError(f"precision is 'no', 'bf16' or 'fp16', got {self.precision!r}")
 
-    def rate(self,
-             step: int) -> float:   # 0-based
-        "The learning rate at a step: linear warm-up, then lr (1 - step/steps)^power, or a tenth of it from every milestone on."
-        decay = .1 ** sum(step >= m for m in self.milestones) if self.milestones else (1 - step / self.steps) ** self.power
-        return self.lr * min(1, (step + 1) / (self.warmup + 1)) * decay
+# %% ../nbs/training/05_loop.ipynb #61e89e58
+@patch
+def rate(self: Budget,
+         step: int) -> float:   # 0-based
+    "The learning rate at a step: linear warm-up, then lr (1 - step/steps)^power, or a tenth of it from every milestone on."
+    decay = .1 ** sum(step >= m for m in self.milestones) if self.milestones else (1 - step / self.steps) ** self.power
+    return self.lr * min(1, (step + 1) / (self.warmup + 1)) * decay
 
 # %% ../nbs/training/05_loop.ipynb #cba3552e
 def make_optimizer(
@@ -109,12 +117,40 @@ def evaluate(
     model.train(was_training)
     return task.results(scores)
 
-# %% ../nbs/training/05_loop.ipynb #8b7a89d4
+# %% ../nbs/training/05_loop.ipynb #07e7802b
+def _seen(path, accelerator):
+    "Is there a file? RuntimeError if not all processes see the same."
+    see = int(accelerator.reduce(torch.tensor(int(path.exists()), device=accelerator.device), 'sum'))
+    if 0 < see < accelerator.num_processes:
+        raise RuntimeError(f'{see} of {accelerator.num_processes} processes see {path}: `out` has to be a folder that all share')
+    return see > 0
+
+# %% ../nbs/training/05_loop.ipynb #bf21ec1d
 class _Checkpoint:
     "One file in a folder, always whole: student, adapters, losses, optimiser, scaler, step and history."
-    def __init__(self, folder, about, distiller, optimizer, accelerator):
+    def __init__(self, folder, about, accelerator):
         self.path = Path(folder) / 'checkpoint.pt' if folder is not None else None
-        self.about, self.distiller, self.optimizer, self.accelerator = about, distiller, optimizer, accelerator
+        self.about, self.accelerator, self.found = about, accelerator, None
+
+    def look(self, resume):
+        "Read what the file holds, if there is one; what is wrong with it is said before anything else has happened."
+        if self.path is None: return
+        if not _seen(self.path, self.accelerator): return
+        if not resume: raise FileExistsError(f'{self.path} exists: resume=True goes on with it, another folder starts anew')
+        try: found = torch.load(self.path, map_location='cpu', weights_only=True)
+        except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of this package: {type(e).__name__}: {str(e).splitlines()[0]}') from e
+        was = found['about']
+        differ = [f'{k} was {was.get(k)!r}, is now {v!r}' for k, v in self.about.items() if was.get(k) != v and k not in ('workers', 'eval_batch')]
+        if differ: raise ValueError(f'{self.path} belongs to another run: ' + ', '.join(differ))
+        self.found = found
+
+    def attach(self, distiller, optimizer):
+        "From now on these two are saved; what was found is put into them. (steps done, history), or None."
+        self.distiller, self.optimizer, found, self.found = distiller, optimizer, self.found, None
+        if found is None: return None
+        distiller.load_state(found['distiller']); optimizer.load_state_dict(found['optimizer'])
+        if self.accelerator.scaler and found['scaler']: self.accelerator.scaler.load_state_dict(found['scaler'])
+        return found['step'], History(**found['history'])
 
     def save(self, step, history):
         "Write the state after `step` steps; nothing without a folder."
@@ -125,21 +161,9 @@ class _Checkpoint:
         if self.accelerator.is_main_process: atomic_write(self.path, lambda f: torch.save(state, f))
         self.accelerator.wait_for_everyone()
 
-    def load(self, resume):
-        "(steps done, history) of the file, put back into place; None if there is none."
-        if self.path is None or not self.path.exists(): return None
-        if not resume: raise FileExistsError(f'{self.path} exists: resume=True goes on with it, another folder starts anew')
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f'{self.path} is not a checkpoint of this package: {type(e).__name__}: {str(e).splitlines()[0]}') from e
-        differ = {k: (state['about'].get(k), v) for k, v in self.about.items() if state['about'].get(k) != v and k not in ('workers', 'eval_batch')}
-        if differ: raise ValueError(f'{self.path} belongs to another run: ' + ', '.join(f'{k} was {a!r}, is now {b!r}' for k, (a, b) in differ.items()))
-        self.distiller.load_state(state['distiller']); self.optimizer.load_state_dict(state['optimizer'])
-        if self.accelerator.scaler and state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
-        return state['step'], History(**state['history'])
-
-# %% ../nbs/training/05_loop.ipynb #5e843678
+# %% ../nbs/training/05_loop.ipynb #e4479c36
 class _Interrupt:
-    "Turns the first SIGINT or SIGTERM into a flag that the loop asks for; the second one gets through."
+    "Turns SIGINT and SIGTERM into a flag that the loop asks for; after the first of them Ctrl-C gets through."
     def __init__(self, accelerator): self.accelerator, self.noted, self._old = accelerator, False, {}
     def asked(self):
         "Did anybody press Ctrl-C? With several processes, in any of them."
@@ -152,10 +176,9 @@ class _Interrupt:
         return self
     def _note(self, sig, frame):
         self.noted = True
-        self._restore()
-    def _restore(self):
+        if signal.SIGINT in self._old: signal.signal(signal.SIGINT, self._old.pop(signal.SIGINT))
+    def __exit__(self, *error):
         while self._old: signal.signal(*self._old.popitem())
-    def __exit__(self, *error): self._restore()
 
 # %% ../nbs/training/05_loop.ipynb #7cebbd1e
 def _as_it_is(sample): return sample
@@ -173,28 +196,35 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     "The generator's seed of one step of one process, a function of the three numbers."
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
-# %% ../nbs/training/05_loop.ipynb #bf98e400
+# %% ../nbs/training/05_loop.ipynb #eda60084
 def processes_here() -> PartialState:
-    "The device, rank and number of processes of this run; RuntimeError if a launcher started fewer processes than it was asked for."
+    """The device, rank and number of processes of this run.
+
+    RuntimeError if a launcher started fewer processes than it was asked for, or wants networks split over processes."""
     if 'ACCELERATE_MIXED_PRECISION' in os.environ and 'MASTER_PORT' in os.environ and 'WORLD_SIZE' not in os.environ:
         raise RuntimeError('`accelerate launch --cpu` has started one process, whatever its --num_processes says: '
                            'on CPUs use `torchrun --nproc-per-node N ...`, or notebook_launcher from a notebook')
+    split = [k for k in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM') if _says(f'ACCELERATE_USE_{k}')]
+    if split: raise RuntimeError(f"accelerate's configuration asks for {split[0]}: here every process has whole networks and a part of the batch")
     started = int(os.environ.get('WORLD_SIZE', 1))
     state = PartialState(cpu=_on_cpu())
     if state.num_processes != started: raise RuntimeError(f'{started} processes were started, but accelerate counts {state.num_processes}')
     return state
 
-def _on_cpu(): return not torch.accelerator.is_available() or os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
+def _says(name): return os.environ.get(name, '').lower() in ('1', 'true', 'yes')
+def _on_cpu(): return not torch.accelerator.is_available() or _says('ACCELERATE_USE_CPU')
 
 def _accelerator(budget, processes=None, tracker=None, out=None):
     "An Accelerator for this budget; RuntimeError unless as many processes run as were asked for."
     here = processes_here()
     if processes is not None and processes != here.num_processes:
-        raise RuntimeError(f'{processes} processes were asked for, {here.num_processes} run: start with `torchrun --nproc-per-node {processes} ...`')
+        raise RuntimeError(f'{processes} processes were asked for, {here.num_processes} run: '
+                           f'start with `torchrun --nproc-per-node {processes} ...`')
     if budget.sync_batchnorm and here.device.type != 'cuda':
         raise ValueError(f'sync_batchnorm=True on {here.device.type}: PyTorch synchronises BatchNorm on CUDA GPUs only')
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != budget.precision: AcceleratorState._reset_state()      # one state per process
-    accelerator = Accelerator(cpu=_on_cpu(), mixed_precision=budget.precision, log_with=tracker, project_dir=out)
+    if AcceleratorState._shared_state: AcceleratorState._reset_state()                   # an earlier run's precision
+    accelerator = Accelerator(cpu=_on_cpu(), mixed_precision=budget.precision, log_with=tracker, project_dir=out,
+                              dynamo_backend='no', gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     if tracker is not None and not accelerator.log_with: raise RuntimeError(f'the tracker {tracker!r} is not installed here')
     return accelerator
 
@@ -206,10 +236,10 @@ def _shares(accelerator, task, batches):
     n = torch.stack([torch.as_tensor(task.count(batch)).float() for batch in batches]).to(accelerator.device)
     return parts * n / accelerator.reduce(n.sum(), 'sum').clamp(min=1)                  # (1)
 
-# %% ../nbs/training/05_loop.ipynb #e94faabc
+# %% ../nbs/training/05_loop.ipynb #a19dca1f
 def _one_step(accelerator, model, distiller, optimizer, batches, budget):
     "Forward and backward over the micro-batches of a step, then one update; the parts of the loss as tensors."
-    distiller.train()
+    distiller.train(); distiller.forget()
     optimizer.zero_grad()
     logged = {}
     for i, (batch, share) in enumerate(zip(batches, _shares(accelerator, distiller.task, batches))):
@@ -221,23 +251,30 @@ def _one_step(accelerator, model, distiller, optimizer, batches, budget):
         logged = {k: logged.get(k, 0) + v.detach().float() / len(batches) for k, v in parts.items()}
     if budget.clip is not None: accelerator.clip_grad_norm_(distiller.trainable(), budget.clip)
     optimizer.step()
-    distiller.update()
+    if not accelerator.optimizer_step_was_skipped: distiller.update()
     return accelerator.reduce(logged, 'mean')
 
-# %% ../nbs/training/05_loop.ipynb #34504b5f
+def _all_took_part(accelerator, distiller):
+    "Several processes wait for every gradient: RuntimeError naming the parameters that have got none."
+    idle = [n for n, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+    if idle and accelerator.num_processes > 1:
+        raise RuntimeError(f'{len(idle)} parameters take no part in any loss, such as {idle[0]!r}: several processes would wait '
+                           'for their gradients; switch them off with `requires_grad_(False)`')
+
+# %% ../nbs/training/05_loop.ipynb #6f7127f7
 class _Book:
     "The book-keeping of a run: rows and scores in the history, finite losses, checkpoints."
     def __init__(self, history, checkpoint, budget, score, scores_at, log):
         self.history, self.checkpoint, self.budget, self.score, self.scores_at, self.log = history, checkpoint, budget, score, scores_at, log
         self.finite, self.saved = True, time.monotonic()
 
-    def step(self, step, parts, seconds):
+    def step(self, step, parts, began):
         "Note a step; a row for every hundredth of the run and for its end."
-        self.history.seconds += seconds
         self.finite, self.parts = parts['loss'].isfinite() & self.finite, parts         # stays on the device: no waiting for it
         if step % max(1, self.budget.steps // 100) == 0 or step + 1 == self.budget.steps:
             row = {'lr': self.budget.rate(step), **self.check(step)}
             self.history.steps.append({'step': step, **row}); self.log(row, step=step)
+        self.history.seconds += time.perf_counter() - began                             # a GPU is waited for in `check`
 
     def check(self, step):
         "The parts of the loss as numbers; FloatingPointError if a loss was NaN or infinite since the last check."
@@ -262,48 +299,70 @@ class _Book:
         rows, scores = self.history.steps, self.history.metrics
         return {**({'loss': f"{rows[-1]['loss']:.3f}"} if rows else {}), **({metric: f'{scores[-1][metric]:.3f}'} if scores else {})}
 
-# %% ../nbs/training/05_loop.ipynb #e089e355
+# %% ../nbs/training/05_loop.ipynb #71763a55
 def _agree(distiller, accelerator):
-    "Let all processes hold the student's buffers of the first."
+    "Let all processes hold the buffers of the first."
     if accelerator.num_processes > 1:
-        for buffer in distiller.student.buffers(): broadcast(buffer)
+        for buffer in distiller.buffers(): broadcast(buffer)
 
 def _due(accelerator, done, save_every, book):
     "Is it time for a checkpoint? By steps if asked; else every thirty seconds (several processes must agree: every 200 steps)."
     if save_every or accelerator.num_processes > 1: return done % (save_every or 200) == 0
     return time.monotonic() - book.saved > 30
 
-# %% ../nbs/training/05_loop.ipynb #8642df74
+# %% ../nbs/training/05_loop.ipynb #a00a378e
 class _Passes:
     "Batches of the training data on the device; every `iter` is the next pass over all samples."
     def __init__(self, data, budget, seed, device):
-        self.data, self.size, self.workers, self.seed, self.device, self.passes = data, min(budget.batch_size, len(data)), budget.workers, seed, device, 0
+        self.data, self.size, self.workers = data, min(budget.batch_size, len(data)), budget.workers
+        self.seed, self.device, self.passes = seed, device, 0
     def __len__(self): return len(self.data) // self.size
     def __iter__(self):
         start, self.passes = self.passes * len(self), self.passes + 1
         loader = train_loader(self.data, self.size, steps=start + len(self), start=start, seed=self.seed, workers=self.workers)
         return (send_to_device(batch, self.device) for batch in loader)
 
-# %% ../nbs/training/05_loop.ipynb #c425e971
+# %% ../nbs/training/05_loop.ipynb #61488061
 def _ready(accelerator, distiller, data, budget, seed, resumes):
     "Networks on the device, adapters made, losses prepared (unless a checkpoint brings that); the plan in words."
     distiller.to(accelerator.device)
-    if budget.channels_last: distiller.to(memory_format=torch.channels_last)
     first = send_to_device(default_collate([data[0, 0]]), accelerator.device)
     pictures = keyed(getattr(data, 'uncached', data), seed)                              # a cache holds the steps of a run, not these passes
     plan = distiller.prepare(first, data=_Passes(pictures, budget, seed, accelerator.device), seed=seed, losses=not resumes)
-    if budget.sync_batchnorm:
-        for name in ('student', 'adapters'): setattr(distiller, name, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(distiller, name)))
+    if budget.channels_last: distiller.to(memory_format=torch.channels_last)             # adapters too
     return plan
 
-# %% ../nbs/training/05_loop.ipynb #88488212
-def _fit(accelerator, distiller, plan, data, valid, budget, seed, out, resume, save_every, eval_every, progress):
+# %% ../nbs/training/05_loop.ipynb #b8852b1f
+@contextmanager
+def _synchronised(distiller):
+    "BatchNorm of student and adapters over all processes inside the block; then the caller's layers are back, with what they learned."
+    norms = {name: m for side in ('student', 'adapters') for name, m in getattr(distiller, side).named_modules(prefix=side)
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    try:
+        for name, m in norms.items(): distiller.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(m))
+        yield
+    finally:
+        for name, m in norms.items():                                                    # parameters and buffers are the same tensors
+            m.training = distiller.get_submodule(name).training; distiller.set_submodule(name, m)
+
+@contextmanager
+def _lent(distiller, budget):
+    "The networks as the run wants them inside the block, as the caller gave them afterwards."
+    marks = ('forward', '_original_forward', '_is_accelerate_prepared')
+    own = {k: v for k, v in vars(distiller).items() if k in marks}
+    with ExitStack() as undo:
+        undo.callback(lambda: ([vars(distiller).pop(k, None) for k in marks], vars(distiller).update(own), distiller.forget()))
+        if budget.sync_batchnorm: undo.enter_context(_synchronised(distiller))
+        if budget.compile: undo.enter_context(distiller.compiled(*([budget.compile] if isinstance(budget.compile, str) else [])))
+        yield
+
+# %% ../nbs/training/05_loop.ipynb #45a72b0c
+def _fit(accelerator, distiller, checkpoint, plan, data, valid, budget, seed, save_every, eval_every, progress):
     "The loop itself; `fit` says what the arguments are."
     rank, world, splits = accelerator.process_index, accelerator.num_processes, budget.accumulation
     model, optimizer = accelerator.prepare(distiller, make_optimizer(distiller.trainable(), budget))
-    about = {'seed': seed, 'samples': len(data), 'method': distiller.method(), **asdict(budget)}
-    checkpoint = _Checkpoint(out, about, distiller, optimizer, accelerator)
-    start, history = checkpoint.load(resume) or (0, History(plan=plan))
+    if world > 1: model.broadcast_buffers = False                                        # `_agree` does it when it matters
+    start, history = checkpoint.attach(distiller, optimizer) or (0, History(plan=plan))
     batches = iter(train_loader(data, budget.batch_size // splits, steps=budget.steps * splits, start=start * splits, seed=seed,
                                 rank=rank, world=world, workers=budget.workers))
     score = lambda: evaluate(distiller.student, distiller.task, valid, batch_size=budget.eval_batch, workers=budget.workers, accelerator=accelerator)
@@ -318,25 +377,26 @@ def _fit(accelerator, distiller, plan, data, valid, budget, seed, out, resume, s
             for group in optimizer.param_groups: group['lr'] = budget.rate(step)
             torch.manual_seed(step_seed(seed, step, rank))                               # dropout and the like
             parts = _one_step(accelerator, model, distiller, optimizer, list(islice(batches, splits)), budget)
-            book.step(step, parts, time.perf_counter() - began)
+            if step == start: _all_took_part(accelerator, distiller)
+            book.step(step, parts, began)
             bar.set_postfix(book.postfix(distiller.task.metric), refresh=False); bar.update()
             stop = interrupt.asked()
             if stop or done in scores_at or done == budget.steps or _due(accelerator, done, save_every, book): _agree(distiller, accelerator); book.save(done)
-            if stop: raise KeyboardInterrupt(f'stopped after step {done} of {budget.steps}' + (', saved' if out else ''))
-            book.scoring(done)
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)                             # or the next run would inherit this one's precision
+            if done in scores_at and not stop: book.scoring(done); stop = interrupt.asked()      # scoring takes its time
+            if stop: raise KeyboardInterrupt(f'stopped after step {done} of {budget.steps}' + (', saved' if checkpoint.path else ''))
     return history
 
-# %% ../nbs/training/05_loop.ipynb #fda9b0d2
+# %% ../nbs/training/05_loop.ipynb #49a4298b
 @contextmanager
 def _tracked(accelerator, tracker, budget):
     "Curves go to the tracker while the block runs."
-    if tracker is not None: accelerator.init_trackers('kdnotes', config=asdict(budget))
+    about = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(budget).items()}
+    if tracker is not None: accelerator.init_trackers('kdnotes', config=about)
     try: yield
     finally:
         for t in accelerator.trackers: t.finish()
 
-# %% ../nbs/training/05_loop.ipynb #a79ea279
+# %% ../nbs/training/05_loop.ipynb #154541e1
 def fit(
     distiller: Distiller,               # student, teacher, task, terms
     train,                              # data set: an `Augmented`, or ready samples by index
@@ -346,7 +406,7 @@ def fit(
     seed: int = 0,                      # of batches, augmentation, dropout and adapters (the student's start is the caller's)
     out=None,                           # folder for the checkpoint; None: no checkpoints
     resume: bool = False,               # go on from the checkpoint in `out`, if there is one
-    save_every: int | None = None,      # steps between checkpoints; None: every thirty seconds
+    save_every: int | None = None,      # steps between checkpoints; None: every thirty seconds (several processes: 200 steps)
     eval_every: int = 0,                # steps between scorings; 0: at the end only
     processes: int | None = None,       # how many must be running; None: as many as were started
     tracker: str | None = None,         # such as 'tensorboard': curves for a tool of accelerate's, into `out`
@@ -354,18 +414,22 @@ def fit(
 ) -> History:
     """Train the student of a distiller: the one loop of this package.
 
-    Ctrl-C finishes the step, saves to `out` and raises KeyboardInterrupt; with `resume=True` the run then ends with the weights of one never interrupted.
-    FileExistsError if `out` holds a checkpoint and `resume` is False; ValueError if it belongs to another run, or for an empty data set;
-    RuntimeError when other than `processes` run; FloatingPointError, naming step and part, when a loss is not finite."""
-    for name, data in (('train', train), ('valid', valid)):
-        if data is not None and len(data) == 0: raise ValueError(f'the data set `{name}` is empty')
+    Ctrl-C finishes the step, saves to `out` and raises KeyboardInterrupt; with `resume=True`, on as many processes, the run
+    then ends with the weights of one never interrupted. (Another number of processes may go on with it: the samples of
+    every step stay the same, BatchNorm's parts and the dropout masks do not.)
+    FileExistsError if `out` holds a checkpoint and `resume` is False; ValueError if it belongs to another run, or for an empty
+    data set; RuntimeError when other than `processes` run, or a parameter takes no part while several do;
+    FloatingPointError, naming step and part, when a loss is not finite."""
+    for name, samples in (('train', train), ('valid', valid)):
+        if samples is not None and len(samples) == 0: raise ValueError(f'the data set `{name}` is empty')
     accelerator, data = _accelerator(budget, processes, tracker, out), keyed(train, seed)
-    resumes = resume and out is not None and (Path(out) / 'checkpoint.pt').exists()
-    with torch.random.fork_rng():
-        plan = _ready(accelerator, distiller, data, budget, seed, resumes)
-        compiled = distiller.compiled(*([budget.compile] if isinstance(budget.compile, str) else [])) if budget.compile else nullcontext()
-        with compiled, _tracked(accelerator, tracker, budget):
-            return _fit(accelerator, distiller, plan, data, valid, budget, seed, out, resume, save_every, eval_every, progress)
+    about = {'seed': seed, 'samples': len(data), 'method': distiller.method(), **asdict(budget)}
+    checkpoint = _Checkpoint(out, about, accelerator)
+    checkpoint.look(resume)
+    with _apart(accelerator.device):
+        plan = _ready(accelerator, distiller, data, budget, seed, resumes=checkpoint.found is not None)
+        with _lent(distiller, budget), _tracked(accelerator, tracker, budget):
+            return _fit(accelerator, distiller, checkpoint, plan, data, valid, budget, seed, save_every, eval_every, progress)
 
 # %% ../nbs/training/05_loop.ipynb #651fdbbd
 def train_supervised(

@@ -7,12 +7,13 @@ import os, signal, sys
 import torch
 
 from kdnotes import networks
+from kdnotes.data.datasets import Augmented, InMemory, eval_transform
+from kdnotes.data.scenes import CLASSES, Scenes
 from kdnotes.distiller import Distiller, Term
 from kdnotes.loop import Budget, fit
 from kdnotes.losses.channel_wise import ChannelWise
 from kdnotes.losses.holistic import Critic, Holistic
-from kdnotes.networks import save_weights
-from kdnotes.recipes import lesson
+from kdnotes.tasks import Segmentation
 
 
 def dies_at(n):
@@ -38,10 +39,10 @@ class Torn:
 if __name__ == '__main__':
     folder, moment, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
-    room, tick = lesson(), dies_at(n)
+    tick, data = dies_at(n), Augmented(InMemory(Scenes(16)), eval_transform())
     torch.manual_seed(3)
-    critic = Holistic(Critic(room.task.num_classes, width=8), lr=1e-3)
-    data = room.data
+    teacher, student = networks.tiny_teacher(len(CLASSES)), networks.tiny_student(len(CLASSES))
+    critic = Holistic(Critic(len(CLASSES), width=8), lr=1e-3)
     if moment == 'between':
         update = critic.update
         critic.update = lambda *maps: (tick(), update(*maps))[1]
@@ -56,6 +57,6 @@ if __name__ == '__main__':
         transform = data.transform
         data.transform = lambda sample: (tick(), transform(sample))[1]
     terms = [Term(critic, 'logits', .01), Term(ChannelWise(), 'head.bottleneck', 1.)]
-    distiller = Distiller(room.student, room.teacher, room.task, terms)
+    distiller = Distiller(student, teacher, Segmentation(len(CLASSES)), terms)
     fit(distiller, data, budget=Budget(steps=16, batch_size=4, lr=.05), out=folder, resume=True, save_every=3, progress=False)
     networks.atomic_write(folder + '/state.pt', lambda f: torch.save(distiller.state(), f))

@@ -30,7 +30,7 @@ FEATURE = 'head.bottleneck'
 
 # --- what everything here is made of
 
-def draw(room, *indices, width=128):
+def draw(room, *indices, width=96):
     whole = default_collate([room.data[i] for i in indices])
     return {k: whole[k][..., :width].contiguous() for k in ('image', 'mask')}
 
@@ -120,7 +120,7 @@ def healthy(d, batch, **kwargs):
 def test_healthy_methods(rooms, name, trained):
     room = rooms[trained]
     d, i = ward(room, METHODS[name]()), list(METHODS).index(name)
-    batch = draw(room, *((3 * i + 7 * trained + k) % 16 for k in range(2 + i % 3)), width=(128, 192)[i % 2])
+    batch = draw(room, *((3 * i + 7 * trained + k) % 16 for k in range(2 + i % 3)), width=(96, 192)[i % 2])
     if i % 2 or 'knowledge' in name: d.prepare(batch, data=[batch])
     shares = healthy(d, batch).shares
     assert set(shares) == {'task', *(t.name for t in d.terms)} and math.isclose(sum(shares.values()), 1)

@@ -1,5 +1,5 @@
 """The engine: one step is one step however it is split, a dead process loses nothing, adapters are trained and kept, processes are counted."""
-import json, os, random, subprocess, sys, time
+import copy, functools, json, os, random, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +8,12 @@ from torch import nn
 
 from kdnotes.data.scenes import CLASSES
 from kdnotes.distiller import Distiller, Term
-from kdnotes.loop import Budget, fit, train_supervised
+from kdnotes.loop import Budget, _Interrupt, fit, processes_here, train_supervised
 from kdnotes.losses.channel_wise import ChannelWise
 from kdnotes.losses.holistic import Critic, Holistic, health
 from kdnotes.losses.knowledge_adaptation import KnowledgeAdaptation
 from kdnotes.losses.pixel_wise import PixelWise
-from kdnotes.recipes import lesson
+from kdnotes import recipes
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -21,6 +21,12 @@ import parity                                                          # noqa: E
 
 ENV = {**{k: v for k, v in os.environ.items() if k != 'ACCELERATE_USE_CPU'}, 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1', 'CUDA_VISIBLE_DEVICES': ''}
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
+
+
+@functools.cache
+def taught(): return recipes.lesson()
+
+def lesson(): return copy.deepcopy(taught())                          # its teacher is trained once
 
 
 def run(*command, **kw):
@@ -113,7 +119,61 @@ def test_a_resumed_run_does_not_fit_its_auto_encoder_again(tmp_path):
     assert calls == ['prepare'] and second.fitted and equal(first.encoder.state_dict(), second.encoder.state_dict())
 
 
+def test_a_checkpoint_that_is_in_the_way_is_named_before_anything_is_prepared(tmp_path):
+    room, loss = lesson(), KnowledgeAdaptation(32, 48, resize=True, steps=2)
+    train_supervised(room.student, room.task, room.data, budget=Budget(steps=1, batch_size=4), out=tmp_path, progress=False)
+    distiller = Distiller(room.student, room.teacher, room.task, [Term(loss, 'head.bottleneck', .1)])
+    with pytest.raises(FileExistsError): fit(distiller, room.data, budget=Budget(steps=1, batch_size=4), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match='method was'):
+        fit(distiller, room.data, budget=Budget(steps=1, batch_size=4), out=tmp_path, resume=True, progress=False)
+    assert not distiller.prepared and not loss.fitted
+
+
+def test_a_run_is_recognised_though_its_loss_is_a_function():
+    make = lambda: Distiller(nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), None, [Term(lambda s, t: (s - t).square().mean(), 'logits', 1., name='f')])
+    assert make().method() == make().method()
+
+
+# Signals.
+
+def test_the_second_ctrl_c_gets_through_and_a_second_sigterm_does_not():
+    class Alone: num_processes = 1
+    with _Interrupt(Alone) as interrupt:
+        assert not interrupt.asked()
+        os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT); signal.pause()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ctrl_c_while_the_last_scores_are_taken_is_not_swallowed(tmp_path):
+    room = lesson()
+    class Pressed(torch.utils.data.Dataset):
+        def __len__(self): return 2
+        def __getitem__(self, i): os.kill(os.getpid(), signal.SIGINT) if i == 1 else None; return room.data[i]
+    def go(valid, resume): return train_supervised(room.student, room.task, room.data, valid, budget=Budget(steps=2, batch_size=4), out=tmp_path,
+                                                   resume=resume, progress=False)
+    with pytest.raises(KeyboardInterrupt, match='stopped after step 2 of 2, saved'): go(Pressed(), False)
+    assert go(Pressed(), True).metrics                                 # the scores were kept: nothing is read, nobody presses
+
+
 # Weight 0, adapters, what a step consists of.
+
+def test_where_the_optimiser_leaves_a_step_out_the_critic_does_too(monkeypatch):
+    from accelerate import Accelerator
+    def moved(skipped):
+        monkeypatch.setattr(Accelerator, 'optimizer_step_was_skipped', property(lambda self: skipped))
+        loss = Holistic(Critic(len(CLASSES), width=8))
+        before = {k: v.clone() for k, v in loss.critic.named_parameters()}
+        room = lesson()
+        distiller = Distiller(room.student, room.teacher, room.task, [Term(loss, 'logits', .1)])
+        fit(distiller, room.data, budget=Budget(steps=2, batch_size=4), progress=False)
+        assert not distiller._seen
+        return not equal(before, dict(loss.critic.named_parameters()))
+    assert [moved(False), moved(True)] == [True, False]
+
+
 
 def test_weight_zero_on_every_term_is_plain_training_bit_for_bit():
     def weights(terms):
@@ -183,6 +243,89 @@ def test_accelerate_launch_on_cpus_is_refused(tmp_path):
     script.write_text('from kdnotes.loop import Budget, train_supervised\nfrom kdnotes.recipes import lesson\nlesson()\n')
     done = run(sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', 2, script)
     assert done.returncode != 0 and 'has started one process, whatever its --num_processes says' in done.stderr
+
+
+@pytest.mark.parametrize('name', ['FSDP', 'DEEPSPEED'])
+def test_networks_split_over_processes_are_refused(monkeypatch, name):
+    monkeypatch.setenv(f'ACCELERATE_USE_{name}', 'true')
+    with pytest.raises(RuntimeError, match=f'asks for {name}'): processes_here()
+
+
+def test_the_budget_decides_not_the_environment(monkeypatch):
+    def weights():
+        room = lesson()
+        train_supervised(room.student, room.task, room.data, budget=Budget(steps=1, batch_size=4), progress=False)
+        return room.student.state_dict()
+    plain = weights()
+    for name, value in (('GRADIENT_ACCUMULATION_STEPS', '4'), ('MIXED_PRECISION', 'bf16'), ('DYNAMO_BACKEND', 'eager')): monkeypatch.setenv(f'ACCELERATE_{name}', value)
+    assert equal(plain, weights())
+
+
+SEVERAL = '''
+import json, os, signal, sys, torch
+from torch import nn
+from kdnotes.data.scenes import CLASSES
+from kdnotes.distiller import Distiller, Term
+from kdnotes.loop import Budget, fit
+from kdnotes.losses.channel_wise import ChannelWise
+from kdnotes.networks import tiny_student, tiny_teacher
+from kdnotes.recipes import scenes_data
+from kdnotes.tasks import Segmentation
+
+torch.set_num_threads(1)
+data = scenes_data(labelled=8, teacher=1, valid=4)
+samples = [data.valid[i] for i in range(4)]
+
+def run(out=None, idle=False, train=samples, terms=True, **kw):
+    torch.manual_seed(0)
+    student, teacher = tiny_student(len(CLASSES)), tiny_teacher(len(CLASSES))
+    if idle: student.idle = nn.Conv2d(1, 1, 1)
+    distiller = Distiller(student, teacher, Segmentation(len(CLASSES)), [Term(ChannelWise(), 'head.bottleneck', 1.)] if terms else [])
+    history = fit(distiller, train, samples, budget=Budget(steps=4, batch_size=4, lr=.05, **kw), out=out, resume=out is not None, progress=False)
+    buffers = torch.cat([b.flatten().double() for b in student.buffers()])
+    return history, torch.cat([p.detach().flatten().double() for p in student.parameters()]), buffers
+
+class Pressed(torch.utils.data.Dataset):
+    "The second process is told twice to end while it reads for its second step."
+    count = 0
+    def __len__(self): return 4
+    def __getitem__(self, i):
+        Pressed.count += 1
+        if os.environ['RANK'] == '1' and Pressed.count == 4: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]
+        return samples[i]
+
+if __name__ == '__main__':
+    found = {}
+    if len(sys.argv) > 2:                                          # alone: goes on with what two have begun
+        found['steps'] = [row['step'] for row in run(out=sys.argv[1])[0].steps]
+    else:
+        try: run(idle=True)
+        except RuntimeError as e: found['idle'] = str(e)
+        history, plain, buffers = run()
+        scored, compiled, _ = run(compile='aot_eager')
+        found['compiled'] = float((compiled - plain).abs().max() / plain.abs().max())
+        found['scores'] = [h.metrics[-1]['miou'] for h in (history, scored)]
+        both = [torch.zeros_like(buffers) for _ in range(2)]
+        torch.distributed.all_gather(both, buffers); found['buffers agree'] = torch.equal(*both)
+        try: run(out=sys.argv[1], train=Pressed())
+        except KeyboardInterrupt as e: found['stopped'] = str(e)
+    if int(os.environ.get('RANK', 0)) == 0: print(json.dumps(found))
+'''
+
+
+def test_what_several_processes_do_differently(tmp_path):
+    script, out = tmp_path / 'several.py', tmp_path / 'run'
+    script.write_text(SEVERAL)
+    done = run(*TORCHRUN, 2, script, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "take no part in any loss, such as 'student.idle.weight'" in found['idle']
+    assert found['compiled'] < 1e-4 and abs(found['scores'][0] - found['scores'][1]) < .02
+    assert found['buffers agree']                                      # BatchNorm's statistics, as they were scored
+    assert found['stopped'] == 'stopped after step 2 of 4, saved'      # both, though one was told
+    alone = run(sys.executable, script, out, 'alone')                  # another number of processes goes on
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert json.loads(alone.stdout.splitlines()[-1])['steps'] == [0, 1, 2, 3]
 
 
 def test_two_processes_train_from_the_command_line_and_leave_one_result(tmp_path):

@@ -1,5 +1,5 @@
 """The loop where it hurts: killed processes, real signals, two processes, mixed precision."""
-import copy, os, signal, subprocess, sys, time
+import copy, functools, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -9,27 +9,34 @@ from kdnotes.distiller import Distiller, Term
 from kdnotes.loop import Budget, evaluate, fit, step_seed, train_supervised
 from kdnotes.losses.channel_wise import ChannelWise
 from kdnotes.networks import save_weights
-from kdnotes.recipes import lesson
+from kdnotes import recipes
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}
+
+
+@functools.cache
+def taught(): return recipes.lesson()
+
+def lesson(): return copy.deepcopy(taught())                          # its teacher is trained once
 
 SCRIPT = '''
 import sys, torch
 from kdnotes.distiller import Distiller, Term
 from kdnotes.loop import Budget, fit
 from kdnotes.losses.channel_wise import ChannelWise
-from kdnotes.networks import save_weights
-from kdnotes.recipes import lesson
+from kdnotes.data.datasets import Augmented, InMemory, eval_transform
+from kdnotes.data.scenes import Scenes
+from kdnotes.networks import save_weights, tiny_student, tiny_teacher
+from kdnotes.tasks import Segmentation
 torch.set_num_threads(1)
-room = lesson()
 class Drops(torch.nn.Module):                                # dropout and an adapter, so that there is randomness and state beyond the student
     def __init__(self, net): super().__init__(); self.net, self.drop = net, torch.nn.Dropout(.2)
     def forward(self, x): return self.net(self.drop(x))
 torch.manual_seed(3)
-student = Drops(room.student)
-distiller = Distiller(student, room.teacher, room.task, [Term(ChannelWise(), 'logits', 1.), Term(ChannelWise(), ('net.head.bottleneck', 'head.bottleneck'), 1., name='features')])
+student = Drops(tiny_student(8))
+distiller = Distiller(student, tiny_teacher(8), Segmentation(8), [Term(ChannelWise(), 'logits', 1.), Term(ChannelWise(), ('net.head.bottleneck', 'head.bottleneck'), 1., name='features')])
 print('ready', flush=True)
-fit(distiller, room.data, budget=Budget(steps=int(sys.argv[2]), batch_size=4, lr=.05), out=sys.argv[1], resume=True, save_every=3, progress=False)
+fit(distiller, Augmented(InMemory(Scenes(16)), eval_transform()), budget=Budget(steps=int(sys.argv[2]), batch_size=4, lr=.05), out=sys.argv[1], resume=True, save_every=3, progress=False)
 save_weights(student, sys.argv[1] + '/student.safetensors')
 '''
 
@@ -193,10 +200,6 @@ def test_bf16_and_clip_and_adamw_run():
 class Stop(Exception): pass
 
 
-@pytest.fixture(scope='module')
-def classroom(): return lesson()
-
-
 def living(name):
     "A term with parts of its own: a critic, an auto-encoder and adapters, the two classifiers, labels."
     from kdnotes.losses.global_local import GlobalLocal
@@ -211,9 +214,9 @@ def living(name):
 
 
 @pytest.mark.parametrize('name', ['holistic', 'knowledge_adaptation', 'global_local', 'intra_class_variation'])
-def test_a_loss_with_a_life_of_its_own_resumes_to_the_same_bits(name, tmp_path, classroom):
+def test_a_loss_with_a_life_of_its_own_resumes_to_the_same_bits(name, tmp_path):
     def run(steps, out=None, resume=False, stop_at=None):
-        room = copy.deepcopy(classroom)
+        room = lesson()
         distiller = Distiller(room.student, room.teacher, room.task, [living(name)])
         update = distiller.update
         if stop_at is not None:
