@@ -20,19 +20,21 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from .data.datasets import default_palette, paint
 from .losses.divergence import at_least_float32
 
-# %% ../nbs/training/03_tasks.ipynb #2fe0f0fe
+# %% ../nbs/training/03_tasks.ipynb #6ea1a92b
 def main_output(
     output,     # what a network returned
 ) -> Tensor:    # its scores
-    "The scores in a network's output: a tensor itself, `['out']` or `['logits']` of a mapping, `.logits`, or the first of a sequence; else TypeError."
+    "The scores: a tensor itself, 'out' or 'logits' of a mapping, `.logits`, the first of a sequence; else TypeError."
     if isinstance(output, Tensor): return output
     if isinstance(output, Mapping):
         for key in ('out', 'logits'):
             if isinstance(output.get(key), Tensor): return output[key]
     elif isinstance(getattr(output, 'logits', None), Tensor): return output.logits
     elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor): return output[0]
-    what = f'a mapping with keys {sorted(map(str, output))}' if isinstance(output, Mapping) else f'a {type(output).__name__}'
-    raise TypeError(f"cannot find scores in {what}: expected a tensor, a mapping with 'out' or 'logits', an object with .logits, or a sequence of tensors")
+    what = f'a {type(output).__name__}'
+    if isinstance(output, Mapping): what = f'a mapping with keys {sorted(map(str, output))}'
+    raise TypeError(f"cannot find scores in {what}: expected a tensor, a mapping with 'out' or 'logits', "
+                    "an object with .logits, or a sequence of tensors")
 
 # %% ../nbs/training/03_tasks.ipynb #8c98ef93
 def _class_names(task, num_classes, classes):
@@ -45,7 +47,7 @@ def _class_names(task, num_classes, classes):
         raise ValueError(f'{len(set(classes))} different names for {num_classes} classes')
     return tuple(classes)
 
-# %% ../nbs/training/03_tasks.ipynb #13e2666b
+# %% ../nbs/training/03_tasks.ipynb #243d4528
 class Segmentation:
     "Semantic segmentation: batches have `image` (B,3,H,W) and `mask` (B,H,W), class ids with 255 = ignore."
     name, metric, higher_is_better, default_tap = 'segmentation', 'miou', True, 'logits'
@@ -54,15 +56,19 @@ class Segmentation:
                  num_classes: int,                # number of classes, 2 or more
                  *,
                  classes: tuple | None = None,    # their names; 'class 0', ... if None
-                 palette=None,                    # their colours, (num_classes, 3) in 0..255; `default_palette` if None
+                 palette=None,                    # their colours, (C, 3) in 0..255; `default_palette` if None
                  ignore_index: int = 255,         # label that does not count
                  aux_weight: float = .4):         # of the auxiliary head's cross-entropy
         self.classes = _class_names(self.name, num_classes, classes)
-        if 0 <= ignore_index < num_classes: raise ValueError(f'ignore_index {ignore_index} is one of the {num_classes} classes: a class that does not count cannot be scored')
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(f'ignore_index {ignore_index} is one of the {num_classes} classes: '
+                             'a class that does not count cannot be scored')
         self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
         self.palette = palette if palette is not None else default_palette(num_classes)
 
-    def __repr__(self): return f'Segmentation({self.num_classes}, ignore_index={self.ignore_index}, aux_weight={self.aux_weight})'
+    def __repr__(self):
+        return (f'Segmentation({self.num_classes}, ignore_index={self.ignore_index}, '
+                f'aux_weight={self.aux_weight})')
 
     def labels(self, batch: dict) -> Tensor:      # batch with `mask`
         "The class ids of a batch, (B,H,W) int64."
@@ -83,12 +89,12 @@ def _cross_entropy(z, mask, ignore_index):
     total = F.cross_entropy(z, mask, ignore_index=ignore_index, reduction='sum')
     return total / (mask != ignore_index).sum().clamp(min=1)
 
-# %% ../nbs/training/03_tasks.ipynb #3c9649c1
+# %% ../nbs/training/03_tasks.ipynb #f6a7900a
 @patch
 def loss(self: Segmentation,
          output,                  # what the network returned
          batch: dict) -> Tensor:  # 0-dim
-    "Cross-entropy of the score map enlarged to the mask, mean over labelled pixels, plus the auxiliary head's if there is one."
+    "Cross-entropy of the enlarged score map, mean over labelled pixels, plus the auxiliary head's if there is one."
     z, mask = self.logits(output), self.labels(batch)
     loss = _cross_entropy(z, mask, self.ignore_index)
     if isinstance(output, Mapping) and isinstance(output.get('aux'), Tensor):
@@ -102,12 +108,13 @@ def count(self: Segmentation,
     "Labelled pixels: the units that `loss` is a mean over, so that a loop can weigh parts, equation (1)."
     return (self.labels(batch) != self.ignore_index).sum().float()
 
-# %% ../nbs/training/03_tasks.ipynb #031f1039
+# %% ../nbs/training/03_tasks.ipynb #29751486
 @patch
 def scores(self: Segmentation) -> MetricCollection:
     "Fresh counters for a validation set: feed them with `score`, read them with `results`."
     kw = dict(num_classes=self.num_classes, ignore_index=self.ignore_index)
-    return MetricCollection({'miou': MulticlassJaccardIndex(average='macro', **kw), 'pixel_accuracy': MulticlassAccuracy(average='micro', **kw),
+    return MetricCollection({'miou': MulticlassJaccardIndex(average='macro', **kw),
+                             'pixel_accuracy': MulticlassAccuracy(average='micro', **kw),
                              'confusion': MulticlassConfusionMatrix(**kw)})
 
 @patch
@@ -117,9 +124,10 @@ def predict(self: Segmentation,
     "Class ids in the size of the batch's mask (of its image if it has no mask)."
     size = batch['mask' if 'mask' in batch else 'image'].shape[-2:]
     z = self.logits(output).float()
-    return (z if z.shape[-2:] == size else F.interpolate(z, size, mode='bilinear', align_corners=False)).argmax(1)
+    if z.shape[-2:] != size: z = F.interpolate(z, size, mode='bilinear')
+    return z.argmax(1)
 
-# %% ../nbs/training/03_tasks.ipynb #9c1065a9
+# %% ../nbs/training/03_tasks.ipynb #39c2a2bb
 @patch
 def score(self: Segmentation,
           scores: MetricCollection,   # from `self.scores()`
@@ -131,7 +139,7 @@ def score(self: Segmentation,
 @patch
 def results(self: Segmentation,
             scores: MetricCollection,   # after one or more `score`
-            ) -> dict:                  # miou, pixel_accuracy, and one 'iou/<class>' each (None for a class that never occurred)
+            ) -> dict:                  # miou, pixel_accuracy, 'iou/<class>' each (None if it never occurred)
     "The scores as plain numbers, fractions in 0..1."
     found = scores.compute()
     c = found['confusion'].cpu().double()
@@ -140,17 +148,19 @@ def results(self: Segmentation,
     return {'miou': float(found['miou']), 'pixel_accuracy': float(found['pixel_accuracy']),
             **{f'iou/{name}': value for name, value in zip(self.classes, iou)}}
 
-# %% ../nbs/training/03_tasks.ipynb #cca0df83
+# %% ../nbs/training/03_tasks.ipynb #9328ecbc
 @patch
 def picture(self: Segmentation,
             samples: list,        # samples with `image` uint8 (3,H,W) and `mask` (H,W)
             predictions: dict):   # name of a network -> its class ids, one (H,W) per sample
     "Figure with a row per sample: image, truth, and each network's prediction."
     rows, names = len(samples), list(predictions)
-    fig, axes = plt.subplots(rows, 2 + len(names), figsize=(2.3 * (2 + len(names)), 1.35 * rows + .3), squeeze=False, layout='constrained')
+    size = 2.3 * (2 + len(names)), 1.2 * rows + .3
+    fig, axes = plt.subplots(rows, 2 + len(names), figsize=size, squeeze=False, layout='constrained')
     for r, sample in enumerate(samples):
         masks = [paint(m, self.palette) for m in (sample['mask'], *(predictions[n][r] for n in names))]
-        for ax, panel in zip(axes[r], [np.asarray(sample['image']).transpose(1, 2, 0), *masks]): ax.imshow(panel); ax.set_xticks([]); ax.set_yticks([])
+        for ax, panel in zip(axes[r], [np.asarray(sample['image']).transpose(1, 2, 0), *masks]):
+            ax.imshow(panel); ax.set(xticks=[], yticks=[])
     for ax, title in zip(axes[0], ['image', 'truth', *names]): ax.set_title(title, fontsize=9)
     return fig
 

@@ -305,6 +305,7 @@ def test_cityscapes_errors(tmp_path):
     with pytest.raises(ValueError, match="train or val, got 'test'"): D.Cityscapes(root, split='test')
     with pytest.raises(FileNotFoundError, match='leftImg8bit/val'): D.Cityscapes(root, split='val')
     (root / 'cityscapes/leftImg8bit/train/ulm/notes.txt').touch()
+    (root / 'cityscapes/leftImg8bit/train/ulm/._ulm_000001_000019_leftImg8bit.png').touch()         # left by a Mac
     assert len(D.Cityscapes(root)) == 4
     (root / 'cityscapes/gtFine/train/ulm/ulm_000001_000019_gtFine_labelIds.png').unlink()
     with pytest.raises(ValueError, match='1 x image without a mask in .*: ulm_000001'): D.Cityscapes(root)
@@ -313,6 +314,21 @@ def test_cityscapes_errors(tmp_path):
 
 
 # ---- the other public sets: small trees of the official form
+
+class Mine(D.PublicSegmentation):
+    folder, ids, classes, palette = 'mine', D.from_one(3), 'abc', D.default_palette(3)
+
+
+def test_a_set_of_ones_own_says_only_how_it_counts(tmp_path):
+    for split in Mine.splits: tree(tmp_path / 'mine', ['1', '2'], parts=(f'images/{split}', f'masks/{split}'), void=3)
+    for split in Mine.splits:
+        dataset = Mine(tmp_path, split=split)
+        raw = torch.from_numpy(labels(1)).long()                                 # 0..3, and 255 written as 3
+        assert len(dataset) == 2 and dataset.classes == ('a', 'b', 'c') and dataset.ignored == 'ids 0'
+        assert equal(dataset[1]['mask'], torch.where(raw == 0, 255, raw.clamp(max=3) - 1))
+    with pytest.raises(FileNotFoundError, match='other/images/train: the folder of images'):
+        type('Other', (Mine,), {'folder': 'other'})(tmp_path)
+
 
 def save(file, array):
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'IGNORE', 'CAMVID_CLASSES', 'CAMVID_PALETTE', 'CITYSCAPES_IDS', 'CITYSCAPES_CLASSES',
-           'CITYSCAPES_PALETTE', 'VOC_CLASSES', 'VOC_PALETTE', 'CONTEXT_CLASSES', 'ADE20K_CLASSES', 'COCO_IDS',
+           'CITYSCAPES_PALETTE', 'ADE20K_CLASSES', 'VOC_CLASSES', 'VOC_PALETTE', 'CONTEXT_CLASSES', 'COCO_IDS',
            'COCO_CLASSES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR100_MEAN', 'CIFAR100_STD', 'read_image', 'read_mask',
-           'Depth', 'read_depth', 'relabel', 'typed', 'RawSet', 'SegmentationFiles', 'pair_by_stem', 'default_palette',
-           'paint', 'SegmentationFolder', 'data_root', 'CamVid', 'Cityscapes', 'read_list', 'VOC', 'PascalContext',
-           'ADE20K', 'DepthFolder', 'NYUDepth', 'DetectionFolder', 'CocoDetection', 'CIFAR100', 'ImageFolder',
-           'RandomScale', 'eval_transform', 'train_transform', 'cifar_transform', 'imagenet_transform',
-           'imagenet_eval_transform', 'sample_seed', 'Augmented', 'InMemory', 'epoch_order', 'Batches', 'train_loader',
-           'eval_loader', 'channel_stats']
+           'Depth', 'read_depth', 'relabel', 'typed', 'data_root', 'RawSet', 'SegmentationFiles', 'pair_by_stem',
+           'default_palette', 'paint', 'SegmentationFolder', 'PublicSegmentation', 'from_one', 'CamVid', 'Cityscapes',
+           'ADE20K', 'read_list', 'VOC', 'PascalContext', 'DepthFolder', 'NYUDepth', 'DetectionFolder', 'CocoDetection',
+           'CIFAR100', 'ImageFolder', 'RandomScale', 'eval_transform', 'train_transform', 'cifar_transform',
+           'imagenet_transform', 'imagenet_eval_transform', 'sample_seed', 'Augmented', 'InMemory', 'epoch_order',
+           'Batches', 'train_loader', 'eval_loader', 'channel_stats']
 
 # %% ../../nbs/data/02_datasets.ipynb #b0ead2f3
 import hashlib, io, json, os, pickle, re, signal
@@ -127,9 +127,21 @@ def typed(
         out["boxes"] = tv_tensors.BoundingBoxes(out["boxes"], format="XYXY", canvas_size=size)
     return out
 
-# %% ../../nbs/data/02_datasets.ipynb #860648a6
+# %% ../../nbs/data/02_datasets.ipynb #d51e1190
+def data_root(
+    path: str | Path | None = None,  # the folder that contains the sets; None: what KDNOTES_DATA says
+) -> Path:
+    "The folder that contains the data sets; FileNotFoundError if nothing names one or it is not there."
+    given, by = (os.environ.get("KDNOTES_DATA"), "KDNOTES_DATA") if path is None else (path, "data_root")
+    if not given:
+        raise FileNotFoundError("no data folder given: pass --data_root PATH (in Python data_root=PATH) "
+                                "or set the environment variable KDNOTES_DATA")
+    if not Path(given).expanduser().is_dir(): raise FileNotFoundError(f"{by} is {given}: no such folder")
+    return Path(given).expanduser()
+
+# %% ../../nbs/data/02_datasets.ipynb #c9b36e55
 class RawSet(Dataset):
-    "Samples as the files have them, by index: what stands below an `Augmented`."
+    "Samples as the files have them, by index: what stands below an `Augmented`. (`ignored`: in words.)"
     task = "segmentation"
     folder = ""                   # where a public set lies, below the data root
     splits = ("train", "val")
@@ -247,69 +259,102 @@ class SegmentationFolder(SegmentationFiles):
         super().__init__(pair_by_stem(images, masks), ids=ids, classes=classes,
                          palette=default_palette(num_classes) if palette is None else palette)
 
-# %% ../../nbs/data/02_datasets.ipynb #d51e1190
-def data_root(
-    path: str | Path | None = None,  # the folder that contains the sets; None: what KDNOTES_DATA says
-) -> Path:
-    "The folder that contains the data sets; FileNotFoundError if nothing names one or it is not there."
-    given, by = (os.environ.get("KDNOTES_DATA"), "KDNOTES_DATA") if path is None else (path, "data_root")
-    if not given:
-        raise FileNotFoundError("no data folder given: pass --data_root PATH (in Python data_root=PATH) "
-                                "or set the environment variable KDNOTES_DATA")
-    if not Path(given).expanduser().is_dir(): raise FileNotFoundError(f"{by} is {given}: no such folder")
-    return Path(given).expanduser()
+# %% ../../nbs/data/02_datasets.ipynb #30c85586
+class PublicSegmentation(SegmentationFiles):
+    "A segmentation set below a data root; a subclass says how it counts, and where its files are (`find`)."
+    ids, classes, palette = {}, (), ()     # as for `SegmentationFiles`
 
-# %% ../../nbs/data/02_datasets.ipynb #7a068db6
+    def __init__(self,
+                 root: str | Path | None,  # the folder that contains the set's own; None: see `data_root`
+                 *,
+                 split: str = "train",     # one of `splits`
+                 ):
+        super().__init__(self.find(self.place(root, split), split), ids=self.ids, classes=self.classes,
+                         palette=self.palette)
+
+    @staticmethod
+    def find(folder: Path,  # of the set, below the root
+             split: str,    # one of `splits`
+             ) -> list:     # of (image file, mask file)
+        "The files of a split."
+        return pair_by_stem(folder / "images" / split, folder / "masks" / split)
+
+def from_one(
+    num_classes: int,  # C
+) -> dict:             # file's id -> house id
+    "The table of a set that numbers its classes 1..C; 0 is ignored."
+    return {0: IGNORE} | {i + 1: i for i in range(num_classes)}
+
+# %% ../../nbs/data/02_datasets.ipynb #7fff31f4
 CAMVID_CLASSES = ("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car",
                   "Pedestrian", "Bicyclist")
 CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222),
                   (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192))
 
-class CamVid(SegmentationFolder):
-    "CamVid, 11 classes, below `root/camvid`; void (11) becomes 255."
+class CamVid(PublicSegmentation):
+    'CamVid, 11 classes, below `root/camvid`; void (11) becomes 255. "tune_train", "tune_val" divide "train".'
     folder, splits = "camvid", ("train", "val", "tune_train", "tune_val")
+    ids, classes, palette = {i: i for i in range(11)} | {11: IGNORE}, CAMVID_CLASSES, CAMVID_PALETTE
 
-    def __init__(self,
-                 root: str | Path | None,  # the folder that contains camvid/; None: see `data_root`
-                 *,
-                 split: str = "train",     # "train" or "val"; "tune_train" and "tune_val" divide train
-                 ):
-        folder = self.place(root, split) / ("val" if split == "val" else "train")
-        super().__init__(folder / "images", folder / "labels", num_classes=11, ignore_index=11,
-                         classes=CAMVID_CLASSES, palette=CAMVID_PALETTE)
-        if split.startswith("tune_"):
-            drives = [list(g) for _, g in groupby(self.pairs, key=lambda pair: pair[0].stem.split("_")[0])]
-            halves = [(d[:len(d) * 4 // 5], d[len(d) * 4 // 5:]) for d in drives]
-            self.pairs = [pair for half in halves for pair in half[split == "tune_val"]]
+    @staticmethod
+    def find(folder, split):
+        part = folder / ("val" if split == "val" else "train")
+        pairs = pair_by_stem(part / "images", part / "labels")
+        if not split.startswith("tune_"): return pairs
+        drives = [list(g) for _, g in groupby(pairs, key=lambda pair: pair[0].stem.split("_")[0])]
+        held = [(len(drive) * 4 // 5, drive) for drive in drives]
+        return [pair for n, drive in held for pair in (drive[:n] if split == "tune_train" else drive[n:])]
 
-# %% ../../nbs/data/02_datasets.ipynb #af25d32d
+# %% ../../nbs/data/02_datasets.ipynb #d324d2c0
 _RAW = [c for c in tv_datasets.Cityscapes.classes if c.id >= 0]   # -1, license plate, stands in no mask
 _SCORED = sorted((c for c in _RAW if c.train_id != IGNORE), key=lambda c: c.train_id)
 CITYSCAPES_IDS = {c.id: c.train_id for c in _RAW}                 # 34 ids -> 0..18 and 255
 CITYSCAPES_CLASSES = tuple(c.name for c in _SCORED)
 CITYSCAPES_PALETTE = tuple(c.color for c in _SCORED)
 
-# %% ../../nbs/data/02_datasets.ipynb #822fd88d
-class Cityscapes(SegmentationFiles):
+class Cityscapes(PublicSegmentation):
     "Cityscapes, fine labels, 19 classes, below `root/cityscapes`; all other ids become 255."
-    folder = "cityscapes"
+    folder, ids = "cityscapes", CITYSCAPES_IDS
+    classes, palette = CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 
-    def __init__(self,
-                 root: str | Path | None,  # the folder that contains cityscapes/; None: see `data_root`
-                 *,
-                 split: str = "train",     # "train" or "val"; the labels of "test" are withheld
-                 ):
-        folder = self.place(root, split)
-        images, masks = folder / "leftImg8bit" / split, folder / "gtFine" / split
+    @staticmethod
+    def find(folder, split):
+        images, masks, end = folder / "leftImg8bit" / split, folder / "gtFine" / split, "_leftImg8bit.png"
         for part in (images, masks):
             if not part.is_dir(): raise FileNotFoundError(f"{part}: this folder of Cityscapes does not exist")
-        files = tv_datasets.Cityscapes(folder, split=split, mode="fine", target_type="semantic")
-        pairs = sorted((Path(image), Path(mask)) for image, (mask,) in zip(files.images, files.targets)
-                       if image.endswith("_leftImg8bit.png"))
-        if not pairs: raise FileNotFoundError(f"{images}: no CITY/..._leftImg8bit.png here")
+        files = sorted(images.glob(f"[!.]*/[!.]*{end}"))
+        if not files: raise FileNotFoundError(f"{images}: no CITY/...{end} here")
+        name = lambda file: f"{file.name.removesuffix(end)}_gtFine_labelIds.png"
+        pairs = [(file, masks / file.parent.name / name(file)) for file in files]
         alone = [image.name for image, mask in pairs if not mask.is_file()]
         if alone: raise ValueError(f"{len(alone)} x image without a mask in {masks}: {', '.join(alone[:3])}")
-        super().__init__(pairs, ids=CITYSCAPES_IDS, classes=CITYSCAPES_CLASSES, palette=CITYSCAPES_PALETTE)
+        return pairs
+
+# %% ../../nbs/data/02_datasets.ipynb #b11cbe42
+ADE20K_CLASSES = tuple((
+    "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,"
+    "earth,door,table,mountain,plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,"
+    "mirror,rug,field,armchair,seat,fence,desk,rock,wardrobe,lamp,bathtub,railing,cushion,"
+    "base,box,column,signboard,chest of drawers,counter,sand,sink,skyscraper,fireplace,"
+    "refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,"
+    "river,bridge,bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,"
+    "palm,kitchen island,computer,swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,"
+    "truck,tower,chandelier,awning,streetlight,booth,television receiver,airplane,dirt track,"
+    "apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,poster,stage,van,ship,"
+    "fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,waterfall,"
+    "tent,bag,minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,"
+    "bicycle,lake,dishwasher,screen,blanket,sculpture,hood,sconce,vase,traffic light,tray,"
+    "ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,radiator,glass,clock,flag").split(","))
+
+class ADE20K(PublicSegmentation):
+    "ADE20K of the scene parsing challenge, 150 classes, below `root/ade20k`; raw 0 is ignored."
+    folder, ids = "ade20k/ADEChallengeData2016", from_one(150)
+    classes, palette = ADE20K_CLASSES, default_palette(150)
+
+    @staticmethod
+    def find(folder, split):
+        part = {"train": "training", "val": "validation"}[split]
+        return pair_by_stem(folder / "images" / part, folder / "annotations" / part)
 
 # %% ../../nbs/data/02_datasets.ipynb #89054e94
 def read_list(
@@ -340,37 +385,34 @@ def _first_of(place, names, what="folder"):
     if not found: raise FileNotFoundError(f"{place}: expected the {what} {' or '.join(names)} here")
     return found[0]
 
-# %% ../../nbs/data/02_datasets.ipynb #53467d48
+# %% ../../nbs/data/02_datasets.ipynb #e12cf68a
 VOC_CLASSES = ("background", *segmentation.DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:])
 VOC_PALETTE = tuple(tuple(sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for c in range(3))
                     for i in range(21))
 
-class VOC(SegmentationFiles):
-    "Pascal VOC 2012, 21 classes, below `root/voc`; 255 is ignored."
+class VOC(PublicSegmentation):
+    'Pascal VOC 2012, 21 classes, below `root/voc`; 255 is ignored. "train_aug" has masks of its own.'
     folder, splits = "voc", ("train", "train_aug", "val")
+    ids, classes, palette = {i: i for i in (*range(21), IGNORE)}, VOC_CLASSES, VOC_PALETTE
 
-    def __init__(self,
-                 root: str | Path | None,  # the folder that contains voc/; None: see `data_root`
-                 *,
-                 split: str = "train",     # "train", "val" or "train_aug", which has masks of its own
-                 ):
-        folder = _first_of(self.place(root, split), ("VOCdevkit/VOC2012", "VOC2012"))
-        lists, aug = folder / "ImageSets/Segmentation", split == "train_aug"
+    @staticmethod
+    def find(folder, split):
+        folder, aug = _first_of(folder, ("VOCdevkit/VOC2012", "VOC2012")), split == "train_aug"
+        lists = folder / "ImageSets/Segmentation"
         file = _first_of(lists, ("train_aug.txt", "trainaug.txt"), "list") if aug else lists / f"{split}.txt"
-        pairs = _listed_pairs(file, folder / "JPEGImages", folder / ("SegmentationClass" + "Aug" * aug))
-        super().__init__(pairs, ids={i: i for i in (*range(21), IGNORE)}, classes=VOC_CLASSES,
-                         palette=VOC_PALETTE)
+        return _listed_pairs(file, folder / "JPEGImages", folder / ("SegmentationClass" + "Aug" * aug))
 
-# %% ../../nbs/data/02_datasets.ipynb #14a4bb0b
+# %% ../../nbs/data/02_datasets.ipynb #f0f9c23f
 CONTEXT_CLASSES = tuple((
     "aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person pottedplant "
     "sheep sofa train tvmonitor bag bed bench book building cabinet ceiling cloth computer cup door fence "
     "floor flower food grass ground keyboard light mountain mouse curtain platform sign plate road rock "
     "shelves sidewalk sky snow bedclothes track tree truck wall water window wood").split())
 
-class PascalContext(SegmentationFiles):
+class PascalContext(PublicSegmentation):
     "Pascal Context, 59 classes with 0 ignored, or 60 with 0 as background, below `root/pascal_context`."
-    folder = "pascal_context"
+    folder, ids = "pascal_context", from_one(59)
+    classes, palette = CONTEXT_CLASSES, default_palette(59)
 
     def __init__(self,
                  root: str | Path | None,  # the folder that contains pascal_context/; None: see `data_root`
@@ -379,45 +421,17 @@ class PascalContext(SegmentationFiles):
                  num_classes: int = 59,    # 59, or 60 with "background" as class 0
                  ):
         if num_classes not in (59, 60): raise ValueError(f"num_classes must be 59 or 60, got {num_classes}")
-        folder = self.place(root, split)
+        if num_classes == 60:
+            self.ids, self.palette = {i: i for i in range(60)}, default_palette(60)
+            self.classes = ("background", *CONTEXT_CLASSES)
+        super().__init__(root, split=split)
+
+    @staticmethod
+    def find(folder, split):
         places = ("JPEGImages", "VOCdevkit/VOC2010/JPEGImages", "VOC2010/JPEGImages")
         folder = _first_of(folder, places).parent
-        pairs = _listed_pairs(folder / f"ImageSets/SegmentationContext/{split}.txt", folder / "JPEGImages",
-                              folder / "SegmentationClassContext")
-        whole = num_classes == 60
-        super().__init__(pairs, ids={0: 0 if whole else IGNORE} | {i: i - (not whole) for i in range(1, 60)},
-                         classes=("background",) * whole + CONTEXT_CLASSES,
-                         palette=default_palette(num_classes))
-
-# %% ../../nbs/data/02_datasets.ipynb #f4d3cf20
-ADE20K_CLASSES = tuple((
-    "wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,"
-    "earth,door,table,mountain,plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,"
-    "mirror,rug,field,armchair,seat,fence,desk,rock,wardrobe,lamp,bathtub,railing,cushion,"
-    "base,box,column,signboard,chest of drawers,counter,sand,sink,skyscraper,fireplace,"
-    "refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,"
-    "river,bridge,bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,"
-    "palm,kitchen island,computer,swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,"
-    "truck,tower,chandelier,awning,streetlight,booth,television receiver,airplane,dirt track,"
-    "apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,poster,stage,van,ship,"
-    "fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,waterfall,"
-    "tent,bag,minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,"
-    "bicycle,lake,dishwasher,screen,blanket,sculpture,hood,sconce,vase,traffic light,tray,"
-    "ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,radiator,glass,clock,flag").split(","))
-
-class ADE20K(SegmentationFiles):
-    "ADE20K of the scene parsing challenge, 150 classes, below `root/ade20k`; raw 0 is ignored."
-    folder = "ade20k/ADEChallengeData2016"
-
-    def __init__(self,
-                 root: str | Path | None,  # the folder that contains ade20k/; None: see `data_root`
-                 *,
-                 split: str = "train",     # "train" or "val"
-                 ):
-        folder, part = self.place(root, split), {"train": "training", "val": "validation"}[split]
-        super().__init__(pair_by_stem(folder / "images" / part, folder / "annotations" / part),
-                         ids={0: IGNORE} | {i + 1: i for i in range(150)}, classes=ADE20K_CLASSES,
-                         palette=default_palette(150))
+        return _listed_pairs(folder / f"ImageSets/SegmentationContext/{split}.txt", folder / "JPEGImages",
+                             folder / "SegmentationClassContext")
 
 # %% ../../nbs/data/02_datasets.ipynb #7ebfbc0f
 class DepthFolder(RawSet):
@@ -668,7 +682,7 @@ class RandomScale(v2.Transform):
 
     def transform(self, inpt, params): return v2.functional.resize(inpt, params["size"], antialias=True)
 
-# %% ../../nbs/data/02_datasets.ipynb #5a68d117
+# %% ../../nbs/data/02_datasets.ipynb #9ff84457
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # RGB, of colours in 0..1
 
 def _finish(mean, std):
@@ -677,6 +691,13 @@ def _finish(mean, std):
         raise ValueError(f"mean and std are of colours in 0..1, got {tuple(mean)} and {tuple(std)}")
     dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
     return [v2.ToDtype(dtypes, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
+
+def _flip(probability):
+    if not 0 <= probability <= 1: raise ValueError(f"flip is a probability, got {probability}")
+    return v2.RandomHorizontalFlip(probability)
+
+def _fill(mean):
+    return {tv_tensors.Image: [round(255 * m) for m in mean], tv_tensors.Mask: IGNORE, "others": 0}
 
 # %% ../../nbs/data/02_datasets.ipynb #8cf9a2d1
 def eval_transform(
@@ -703,15 +724,8 @@ def train_transform(
     return v2.Compose([typed, RandomScale(*scale), v2.RandomCrop(size, pad_if_needed=True, fill=_fill(mean)),
                        _flip(flip), *_finish(mean, std)])
 
-# %% ../../nbs/data/02_datasets.ipynb #185eef46
+# %% ../../nbs/data/02_datasets.ipynb #8ac820e6
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)   # RGB, of colours in 0..1
-
-def _flip(probability):
-    if not 0 <= probability <= 1: raise ValueError(f"flip is a probability, got {probability}")
-    return v2.RandomHorizontalFlip(probability)
-
-def _fill(mean):
-    return {tv_tensors.Image: [round(255 * m) for m in mean], tv_tensors.Mask: IGNORE, "others": 0}
 
 def cifar_transform(
     *,
