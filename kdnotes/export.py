@@ -108,7 +108,7 @@ def read_card(
 def _json(path): return json.loads(Path(path).read_text(encoding='utf-8'))
 def _digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/training/13_export.ipynb #a2cd2f3a
+# %% ../nbs/training/13_export.ipynb #7ceeeca6
 def load_student(
     path,                                # NAME.safetensors, its card NAME.safetensors.json beside it
     *,
@@ -124,20 +124,24 @@ def load_student(
         raise ValueError(f'{path.name} is not the file that its card describes: the SHA-256 differs')
     state = _read(path)
     if network is None:
-        with torch.device('meta'): problems = _misfits(build_network(card.get('network')), state)
-    else: problems = _misfits(network, state)
+        if 'network' not in card:
+            raise ValueError(f'{card_path(path).name} does not say how the network is built: '
+                             'build it yourself and pass it as `network`')
+        with torch.device('meta'): blank = build_network(card['network'])
+    problems = _misfits(network or blank, state)
     if problems: raise ValueError(f'{path.name} does not fit the network: {problems}')
     if network is None: network = build_network(card['network'])
     network.load_state_dict(state)
     return network.eval(), card
 
-# %% ../nbs/training/13_export.ipynb #0042238f
+# %% ../nbs/training/13_export.ipynb #145f0f5e
 def _chosen_run(folder, method, seed):
     "(method, seed, folder) of the one finished run that fits; ValueError naming all there are."
     runs = {}
     for record in (folder / 'runs').glob('*/record.json'):
-        name, _, number = record.parent.name.rpartition('-')
-        if (record.parent / 'weights.safetensors').is_file(): runs[name, int(number)] = record.parent
+        name = re.fullmatch(r'(.+)-(\d+)', record.parent.name)
+        if name and (record.parent / 'weights.safetensors').is_file():
+            runs[name[1], int(name[2])] = record.parent
     fit = [k for k in sorted(runs) if method in (None, k[0]) and seed in (None, k[1])]
     if len(fit) != 1:
         names = ', '.join(f'{m} {s}' for m, s in sorted(runs)) or 'none'
@@ -145,13 +149,14 @@ def _chosen_run(folder, method, seed):
                          f'name one of (method seed): {names}')
     return *fit[0], runs[fit[0]]
 
-def _normalisation(transform):
-    "mean and std in a printed transform, None each if it has none."
+def _input(transform):
+    "How an image comes to the network, by the mean and std in a printed transform."
     found = re.search(r'Normalize\(mean=\[([^\]]*)\], std=\[([^\]]*)\]', json.dumps(transform))
-    return {k: [float(v) for v in part.split(',')] if found else None
-            for k, part in zip(('mean', 'std'), found.groups() if found else ('', ''))}
+    if not found: return {'image': 'float32 (B,3,H,W), as the data set of the run gives it'}
+    mean, std = ([float(v) for v in part.split(',')] for part in found.groups())
+    return {'image': 'float32 (B,3,H,W), RGB in 0..1, minus mean, over std', 'mean': mean, 'std': std}
 
-# %% ../nbs/training/13_export.ipynb #82c966fa
+# %% ../nbs/training/13_export.ipynb #4fb5b5a8
 def open_run(
     folder,                      # that kdnotes_train or kdnotes_compare wrote
     *,
@@ -174,8 +179,7 @@ def open_run(
     net = build_network(plan) if plan['call'] in BUILDERS else recipe.student()
     card = {'recipe': recipe.name, 'method': method, 'seed': seed, 'network': plan,
             'task': task.name, 'classes': list(task.classes),
-            'input': {'image': 'float32 (B,3,H,W), RGB in 0..1, minus mean, over std',
-                      **_normalisation(settings['data']['valid'])},
+            'input': _input(settings['data']['valid']),
             'metric': task.metric, 'metrics': record['metrics'], 'trained': record['circumstances']}
     return load_weights(net, run / 'weights.safetensors'), card, recipe.size
 
@@ -206,7 +210,7 @@ def _read_onnx(path):
         session = ReferenceEvaluator(str(path))
     return lambda image: torch.from_numpy(session.run(['out'], {'image': image.numpy()})[0])
 
-# %% ../nbs/training/13_export.ipynb #d70bc3f4
+# %% ../nbs/training/13_export.ipynb #b54d1a29
 def _write_torch(net, path, image, free):
     shapes = {'image': {_AXES[name]: Dim.DYNAMIC for name in free}}
     torch.export.save(torch.export.export(_Alone(net), (image,), dynamic_shapes=shapes), path)
@@ -215,26 +219,25 @@ def _read_torch(path): return torch.export.load(path).module()      # a file jus
 
 def _write_safetensors(net, path, image, free): save_weights(net, path)
 
-def _reader_of(kind, net, path, card):
+def _reader_of(net, path, card):
     "A function images -> scores made from the file at `path`."
-    if kind == 'onnx': return _read_onnx(path)
-    if kind == 'torch': return _read_torch(path)
+    if path.suffix == '.onnx': return _read_onnx(path)
+    if path.suffix == '.pt2': return _read_torch(path)
     blank = None
     if (card.get('network') or {}).get('call') not in BUILDERS:      # not ours to build: a copy, emptied
         blank = copy.deepcopy(net)
         for tensor in blank.state_dict().values(): tensor.zero_()
     return _Alone(load_student(path, network=blank)[0])
 
-_WRITERS = {'safetensors': _write_safetensors, 'onnx': _write_onnx, 'torch': _write_torch}
-_ENDINGS = {'safetensors': '.safetensors', 'onnx': '.onnx', 'torch': '.pt2'}
+_WRITERS = {'.safetensors': _write_safetensors, '.onnx': _write_onnx, '.pt2': _write_torch}
 
-# %% ../nbs/training/13_export.ipynb #4829e8bb
+# %% ../nbs/training/13_export.ipynb #943d1d98
 TOLERANCE = 1e-4     # of the largest score
 
 def _images(size, free):
     "Random images: one of this size, three of another if that may change."
     (h, w), generator = size, torch.Generator().manual_seed(0)
-    sizes = (1, h, w), (3, h * 3 // 4 + 1, w // 2 + 3) if 'height' in free else (3, h, w)
+    sizes = (1, h, w), (3, h * 3 // 4 | 1, w // 2 | 1) if 'height' in free else (3, h, w)
     return [torch.randn(b, 3, y, x, generator=generator) for b, y, x in sizes]
 
 @torch.no_grad()
@@ -253,25 +256,27 @@ def _compared(net, run, images):
         worst = dict(zip(worst, (max(a, b) for a, b in zip(worst.values(), (gap, share)))))
     return {**worst, 'images': [list(image.shape) for image in images]}
 
-# %% ../nbs/training/13_export.ipynb #4023df29
-def _draft(kind, net, path, card, size):
+# %% ../nbs/training/13_export.ipynb #5a147286
+def _draft(net, path, card, size):
     "Write, read back, compare, with free image sizes or else one: (the card's part on it, why not free)."
     why = None
     for free in (tuple(_AXES), ('batch',)):
         try:
-            with warnings.catch_warnings(action='ignore'):
-                _WRITERS[kind](net, path, torch.randn(2, 3, *size), free)
-                card['file'] = {'format': kind, 'bytes': path.stat().st_size, 'sha256': _digest(path)}
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                _WRITERS[path.suffix](net, path, torch.randn(2, 3, *size), free)
+                card['file'] = {'format': path.suffix[1:], 'bytes': path.stat().st_size,
+                                'sha256': _digest(path)}
                 write_json(card_path(path), card)
-                found = _compared(net, _reader_of(kind, net, path, card), _images(size, free))
-            by = _onnx_runner() if kind == 'onnx' else 'torch'
+                found = _compared(net, _reader_of(net, path, card), _images(size, free))
+            by = _onnx_runner() if path.suffix == '.onnx' else 'torch'
             return {'free': list(free), **found, 'by': f'{by} {version(by)}'}, why
         except Exception as e:          # exporters fail in many ways; each means another try, or no file
             lines = str(e).strip().splitlines() or ['']
             why, error = f'{type(e).__name__}: {lines[0][:160]}', e
     raise RuntimeError(f'{path.name} is not written. {why}') from error
 
-# %% ../nbs/training/13_export.ipynb #2f9794b4
+# %% ../nbs/training/13_export.ipynb #252f79a9
 def _say(out, card, size, why):
     "A few lines on what was written."
     check, images = card['check'], ' and '.join(str(tuple(shape)) for shape in card['check']['images'])
@@ -282,21 +287,11 @@ def _say(out, card, size, why):
     only = f'; images of {size[0]} x {size[1]} only, since: {why}' if why else ''
     print(f"  free: {', '.join(check['free'])}{only}")
 
-def _target(out, format):
-    "(path, format): the one follows from the other, and both must agree."
-    out = Path(out)
-    kinds = {ending: kind for kind, ending in _ENDINGS.items()}
-    if format not in (None, *_ENDINGS): raise ValueError(f'format is one of {list(_ENDINGS)}, got {format!r}')
-    if kinds.get(out.suffix) != (format or kinds.get(out.suffix, '')):
-        raise ValueError(f'{out.name!r} should end in {_ENDINGS[format] if format else " or ".join(kinds)}')
-    return out, kinds[out.suffix]
-
-# %% ../nbs/training/13_export.ipynb #4322b996
+# %% ../nbs/training/13_export.ipynb #2eaeedb3
 def export_student(
     source,                        # folder of kdnotes_train or kdnotes_compare, or a network, or a distiller
     out,                           # NAME.safetensors, NAME.onnx or NAME.pt2; its card comes beside it
     *,
-    format: str | None = None,     # 'safetensors', 'onnx' or 'torch'; by the ending of `out` if None
     recipe=None,                   # of a folder: its recipe, if it does not ship
     method: str | None = None,     # of a folder with several runs
     seed: int | None = None,       # the same
@@ -308,8 +303,9 @@ def export_student(
 
     Existing files of that name are replaced. ValueError for a source or name that does not fit, RuntimeError
     if a package is missing or the file would not give the network's scores; nothing is written then."""
-    out, kind = _target(out, format)
-    if kind == 'onnx': _need('onnx', 'onnxscript')
+    out = Path(out)
+    if out.suffix not in _WRITERS: raise ValueError(f'{out.name!r} should end in {" or ".join(_WRITERS)}')
+    if out.suffix == '.onnx': _need('onnx', 'onnxscript')
     if isinstance(source, nn.Module): net, card = source, {}
     else:
         net, card, usual = open_run(source, recipe=recipe, method=method, seed=seed)
@@ -320,7 +316,7 @@ def export_student(
             'output': {'out': 'scores by class, before softmax, at the size the network gives them'}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / out.name
-        check, why = _draft(kind, net, path, card, tuple(size))
+        check, why = _draft(net, path, card, tuple(size))
         card = {**card, 'parameters': sum(p.numel() for p in net.parameters()), 'check': check,
                 'written': circumstances()}
         with open(path, 'rb') as f: atomic_write(out, lambda part: shutil.copyfileobj(f, part))
@@ -328,7 +324,7 @@ def export_student(
     if progress: _say(out, card, tuple(size), why)
     return card
 
-# %% ../nbs/training/13_export.ipynb #71208bf6
+# %% ../nbs/training/13_export.ipynb #b1c5a1cc
 def export_cli(
     argv=None,     # arguments; those of the process if None
 ):
@@ -336,7 +332,6 @@ def export_cli(
     flags = {
         'run': dict(required=True, metavar='DIR', help='folder that kdnotes_train or kdnotes_compare wrote'),
         'out': dict(required=True, metavar='FILE', help='NAME.safetensors, NAME.onnx or NAME.pt2'),
-        'format': dict(choices=list(_ENDINGS), help='by the ending of FILE if not given'),
         'recipe': dict(metavar='NAME', help="the run's own if not given"),
         'method': dict(metavar='M', help='which run, where there are several'),
         'seed': dict(type=int, metavar='N', help='which run, where there are several')}

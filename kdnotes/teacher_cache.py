@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCE', 'FORMAT', 'image_key', 'fingerprint', 'teacher_outputs', 'run_draws', 'CachePlan', 'plan_cache',
            'TeacherCache', 'write_cache', 'cached_gap', 'Cached']
 
-# %% ../nbs/training/07_teacher_cache.ipynb #6cbe45de
+# %% ../nbs/training/07_teacher_cache.ipynb #54dadc5f
 import errno, hashlib, json, re, shutil, time, zlib
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +24,7 @@ from .data.datasets import Augmented, Batches
 from .distiller import _places
 from .loop import Budget, keyed
 from .networks import atomic_write
-from .taps import Taps, find_module
+from .taps import Taps, find_module, unwrap
 
 # %% ../nbs/training/07_teacher_cache.ipynb #7071ea01
 def _raw(x):
@@ -41,7 +41,7 @@ def image_key(
     digest.update(_raw(image))
     return digest.digest()
 
-# %% ../nbs/training/07_teacher_cache.ipynb #d72a5329
+# %% ../nbs/training/07_teacher_cache.ipynb #fb7d7336
 def _refuse_no_module(x):
     if not isinstance(x, nn.Module): raise TypeError(f'a teacher is a module, got {type(x).__name__}')
 
@@ -50,7 +50,7 @@ def fingerprint(
 ) -> dict:                # of strings: 'class', 'printed', and 'state', a digest by tensor
     "What a teacher is recognised by; equal for equal bytes in an equal network."
     _refuse_no_module(teacher)
-    teacher = getattr(teacher, '_orig_mod', teacher)                  # inside torch.compile's wrapper
+    teacher = unwrap(teacher)                                         # torch.compile's wrapper is no other one
     digest = lambda *parts: hashlib.sha256(b''.join(bytes(p) for p in parts)).hexdigest()[:16]
     def values(v):
         return (f'{v.dtype} {tuple(v.shape)} '.encode(), _raw(v))\
@@ -135,7 +135,7 @@ def run_draws(
     plan = lambda seed: Batches(n, budget.batch_size, steps=budget.steps, seed=seed)
     return sorted({(seed, *pair) for seed in seeds for batch in plan(seed) for pair in [(0, 0), *batch]})
 
-# %% ../nbs/training/07_teacher_cache.ipynb #56f6885b
+# %% ../nbs/training/07_teacher_cache.ipynb #f6fe1c63
 @dataclass(frozen=True)
 class CachePlan:
     "What a cache will hold and how much room it takes; printed, a sentence."
@@ -143,7 +143,7 @@ class CachePlan:
     entries: int     # different images among them, estimated from a few
     shapes: dict     # place -> shape of the answer to one image
     dtype: str       # 'float16' or 'float32'
-    stored: int      # bytes that are in the folder already
+    stored: int      # of the entries, in the folder already: estimated, too
     free: int        # bytes free on its disk
 
     @property
@@ -157,18 +157,13 @@ class CachePlan:
         return self.entries * self.entry_bytes
     def __str__(self):
         places = ', '.join(f"{p} {'x'.join(map(str, s))}" for p, s in self.shapes.items())
-        there = _human(min(self.stored, self.bytes))
         return (f'Teacher cache: {self.draws:,} draws, about {self.entries:,} different images of '
                 f'{self.entry_bytes:,} bytes ({places}, {self.dtype}): {_human(self.bytes)}, '
-                f'of which {there} are there; {_human(self.free)} are free.')
+                f'of which {_human(self.stored * self.entry_bytes)} are there; {_human(self.free)} are free.')
 
-def _human(n):
-    for unit in ('bytes', 'KB', 'MB', 'GB'):
-        if n < 1000: break
-        n, unit = n / 1000, {'bytes': 'KB', 'KB': 'MB', 'MB': 'GB', 'GB': 'TB'}[unit]
-    return f'{n:.0f} {unit}' if unit == 'bytes' else f'{n:.1f} {unit}'
+def _human(n): return tqdm.format_sizeof(n, 'B')
 
-# %% ../nbs/training/07_teacher_cache.ipynb #098180f5
+# %% ../nbs/training/07_teacher_cache.ipynb #58d568ec
 def _draw(dataset, draw):
     "The sample at (seed, epoch, index)."
     seed, *key = draw
@@ -177,17 +172,23 @@ def _draw(dataset, draw):
         raise ValueError(f'a sample is a dictionary with a tensor `image`, got a {type(sample).__name__}')
     return sample
 
-def _different(dataset, draws, samples=4, times=8):
-    "How many different images the draws give, estimated from a few samples drawn several times."
+def _with_probe(draws, probe=(0, 0, 0)):
+    "The draws, behind the one that every cache of these data holds."
+    return [probe, *(draw for draw in draws if draw != probe)]
+
+def _spread(some, n): return [some[int(i)] for i in np.linspace(0, len(some) - 1, min(n, len(some)))]
+
+def _different(dataset, draws, cache):
+    "How many different images the draws give, and how many of these the cache has, estimated from a few."
     by_sample = {}
     for draw in draws: by_sample.setdefault(draw[2], []).append(draw)
-    picks = np.linspace(0, len(by_sample) - 1, min(samples, len(by_sample))).astype(int)
-    looked = [list(by_sample.values())[i][:times] for i in picks]
-    found = [len({image_key(_draw(dataset, draw)['image']) for draw in some}) for some in looked]
-    if found == [len(some) for some in looked]: return len(draws)
-    return min(len(draws), max(found) * len(by_sample))
+    looked = [_spread(some, 8) for some in _spread(list(by_sample.values()), 4)]
+    found = [{image_key(_draw(dataset, draw)['image']) for draw in some} for some in looked]
+    each, keys = [len(some) for some in found], set().union(*found)
+    n = len(draws) if each == [len(some) for some in looked] else min(len(draws), max(each) * len(by_sample))
+    return n, n * sum(key in cache for key in keys) // len(keys)
 
-# %% ../nbs/training/07_teacher_cache.ipynb #5c3f3bd4
+# %% ../nbs/training/07_teacher_cache.ipynb #9c4e664e
 def plan_cache(
     folder,                          # where it would be written; need not exist
     teacher: nn.Module,              # frozen
@@ -202,82 +203,76 @@ def plan_cache(
 ) -> CachePlan:
     """How much `write_cache` would write.
 
-    OSError if the disk has not the room; ValueError for places, lengths and dtypes that make no sense."""
+    OSError if the disk has not the room; ValueError for the folder of another teacher, and for places,
+    lengths and dtypes that make no sense."""
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f'dtype is torch.float16 or torch.float32, got {dtype}')
     places, folder = _as_places(teacher, places), Path(folder).absolute()
-    draws = run_draws(dataset, budget=budget, epochs=epochs, seeds=seeds)
+    draws = _with_probe(run_draws(dataset, budget=budget, epochs=epochs, seeds=seeds))
+    cache = TeacherCache(folder, teacher) if (folder / 'index.json').exists() else ()
+    entries, stored = _different(dataset, draws, cache)
     answer = teacher_outputs(teacher, task, places, _draw(dataset, draws[0])['image'][None])
     disk = next(p for p in (folder, *folder.parents) if p.exists())
-    plan = CachePlan(draws=len(draws), entries=_different(dataset, draws),
-                     shapes={p: tuple(x.shape[1:]) for p, x in answer.items()}, dtype=_name(dtype),
-                     stored=sum(f.stat().st_size for f in folder.glob('*.safetensors')),
+    plan = CachePlan(draws=len(draws), entries=entries, stored=stored, dtype=_name(dtype),
+                     shapes={p: tuple(x.shape[1:]) for p, x in answer.items()},
                      free=shutil.disk_usage(disk).free)
-    if plan.bytes - plan.stored > plan.free:
+    if plan.bytes - stored * plan.entry_bytes > plan.free:
         raise OSError(errno.ENOSPC, f'{plan} It does not fit: fewer places, steps or seeds, or another disk')
     return plan
 
-# %% ../nbs/training/07_teacher_cache.ipynb #e30a27b6
+# %% ../nbs/training/07_teacher_cache.ipynb #e6ba76df
 FORMAT = 1
 
-def _begin(folder, teacher, places, dtype):
-    "The description of the cache in `folder`, written if there is none; ValueError if there is another one."
-    about = {'format': FORMAT, 'teacher': fingerprint(teacher), 'places': sorted(places),
-             'dtype': _name(dtype), 'torch': torch.__version__}
-    for part in folder.glob('.*.part'):                                      # left by a killed writer
-        if time.time() - part.stat().st_mtime > 3600: part.unlink(missing_ok=True)
-    if (folder / 'index.json').exists():
-        old = _read_index(folder, teacher)
-        differ = [f'{k} were {old[k]}, are now {about[k]}' for k in ('places', 'dtype') if old[k] != about[k]]
-        if differ: raise ValueError(f"{folder} is another cache: {'; '.join(differ)}. Take another folder")
-        return old
-    atomic_write(folder / 'index.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
-    return about
-
-def _read_index(folder, teacher=None):
+def _read_index(folder, teacher):
     "What index.json says; ValueError if it is none, or another teacher's."
-    file = Path(folder) / 'index.json'
+    file, keys = folder / 'index.json', {'format', 'teacher', 'places', 'dtype', 'torch'}
     if not file.is_file(): raise FileNotFoundError(f'no teacher cache in {folder}: write_cache makes one')
-    try: about = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{file} is not the index of a teacher cache: {e}') from e
-    sound = isinstance(about, dict) and about.get('format') == FORMAT \
-        and {'teacher', 'places', 'dtype', 'torch'} <= set(about)
-    parts = about['teacher'] if sound else None
-    if not isinstance(parts, dict) or set(parts) != {'class', 'printed', 'state'}:
-        raise ValueError(f'{file} is not the index of a teacher cache of format {FORMAT}')
-    differ = [] if teacher is None else _differ(about['teacher'], fingerprint(teacher))
+    try:
+        about = json.loads(file.read_text(encoding='utf-8'))
+        sound = about['format'] == FORMAT and keys == set(about) \
+            and {'class', 'printed', 'state'} == set(about['teacher'])
+    except (ValueError, KeyError, TypeError): sound = False
+    if not sound: raise ValueError(f'{file} is not the index of a teacher cache of format {FORMAT}')
+    differ = _differ(about['teacher'], fingerprint(teacher))
     if differ:
         raise ValueError(f"{folder} holds the answers of another teacher: {'; '.join(differ)}. "
                          'Give the teacher it was written with, or write another folder')
     return about
 
-# %% ../nbs/training/07_teacher_cache.ipynb #0bed2d8a
+# %% ../nbs/training/07_teacher_cache.ipynb #54e60921
 def _checksum(key, x): return zlib.crc32(_raw(x), zlib.crc32(key))     # of the pair: it notices a swap, too
 
-def _write_shard(folder, keys, answers):
+def _owner(about):
+    "The teacher of a cache, as its shards name it."
+    return hashlib.sha256(json.dumps(about['teacher'], sort_keys=True).encode()).hexdigest()
+
+def _write_shard(cache, keys, answers):
     "Entries into a file of their own: 16-byte keys, and place -> (n,...)."
     sums = [[_checksum(key, answers[p][i]) for p in sorted(answers)] for i, key in enumerate(keys)]
     rows = torch.frombuffer(bytearray(b''.join(keys)), dtype=torch.uint8).view(-1, 16)
     tensors = {'.keys': rows, '.sums': torch.tensor(sums), **answers}
+    data = safetensors.torch.save(tensors, {'teacher': _owner(cache.about)})
     name = hashlib.sha256(b''.join(keys)).hexdigest()[:24]
-    atomic_write(folder / f'{name}.safetensors', lambda f: f.write(safetensors.torch.save(tensors)))
+    atomic_write(cache.folder / f'{name}.safetensors', lambda f: f.write(data))
 
 def _open_shard(file, about):
     "The tensors of a shard, mapped into memory rather than read; ValueError for any other file."
     again = 'Delete it and call write_cache again: only what it held is computed anew'
     try:
-        with safetensors.safe_open(file, 'pt') as f: shard = {name: f.get_tensor(name) for name in f.keys()}
+        with safetensors.safe_open(file, 'pt') as f:
+            shard, head = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except (safetensors.SafetensorError, OSError) as e:
         raise ValueError(f'{file} is damaged: {e}. {again}') from e
     kinds = {'.keys': 'uint8', '.sums': 'int64', **{p: about['dtype'] for p in about['places']}}
-    n = len(shard['.sums']) if '.sums' in shard else 0
     fits = {name: _name(x.dtype) for name, x in shard.items()} == kinds
-    fits = fits and shard['.keys'].shape == (n, 16) and shard['.sums'].shape == (n, len(kinds) - 2)
-    if not fits or any(shard[p].shape[:1] != (n,) for p in about['places']):
+    if not (fits and shard['.keys'].shape[1:] == (16,) and shard['.sums'].shape[1:] == (len(kinds) - 2,)
+            and len({x.shape[:1] for x in shard.values()}) == 1):
         raise ValueError(f'{file} is no shard of this cache. {again}')
+    if head.get('teacher') != _owner(about):
+        raise ValueError(f'{file} holds the answers of another teacher. {again}')
     return shard
 
-# %% ../nbs/training/07_teacher_cache.ipynb #38d583b8
+# %% ../nbs/training/07_teacher_cache.ipynb #d2540afd
 class TeacherCache:
     """A folder of stored answers, opened for reading: `len(cache)`, `key in cache`, `cache.dataset(train)`.
 
@@ -286,17 +281,18 @@ class TeacherCache:
     def __init__(self,
                  folder,                # from `write_cache`
                  teacher: nn.Module):   # the one it was written with, bit for bit
-        self.folder, self.about = Path(folder), _read_index(folder, teacher)
+        self.folder = Path(folder).absolute()
+        self.about = _read_index(self.folder, teacher)
         self._open()
 
     def _open(self):
         self.places, self.files = tuple(self.about['places']), sorted(self.folder.glob('*.safetensors'))
         self._shards = [_open_shard(file, self.about) for file in self.files]
+        self.bytes = sum(file.stat().st_size for file in self.files)               # on disk
         keys = [np.zeros((0, 16), np.uint8), *(s['.keys'].numpy() for s in self._shards)]
-        rows = [(i, j) for i, s in enumerate(self._shards) for j in range(len(s['.keys']))]
         names = np.concatenate(keys).view('S16').ravel()
-        self._keys, first = np.unique(names, return_index=True)                    # sorted
-        self._rows = np.array(rows, np.int64).reshape(-1, 2)[first]
+        self._keys, self._at = np.unique(names, return_index=True)     # sorted; the place in all rows
+        self._ends = np.cumsum([len(some) for some in keys[1:]])
     def __getstate__(self): return {'folder': self.folder, 'about': self.about}    # no tensors go to a worker
     def __setstate__(self, state): self.__dict__.update(state); self._open()
 
@@ -306,17 +302,13 @@ class TeacherCache:
     def _find(self, key):
         key = np.frombuffer(key, 'S16')
         i = int(self._keys.searchsorted(key)[0])
-        return self._rows[i] if i < len(self) and (self._keys[i:i + 1] == key).all() else None
+        return self._at[i] if i < len(self) and (self._keys[i:i + 1] == key).all() else None
 
-    @property
-    def bytes(self):
-        "What the shards take on disk."
-        return sum(file.stat().st_size for file in self.files)
     def __repr__(self):
         what = f"{', '.join(self.places)}, {self.about['dtype']}"
         return f'TeacherCache({len(self):,} entries, {_human(self.bytes)}: {what})'
 
-# %% ../nbs/training/07_teacher_cache.ipynb #35bb5d46
+# %% ../nbs/training/07_teacher_cache.ipynb #5ffccc3f
 @patch
 def read(self: TeacherCache,
          key: bytes,               # from `image_key`
@@ -324,11 +316,12 @@ def read(self: TeacherCache,
     "The stored answer; KeyError if there is none, ValueError if it is damaged."
     row = self._find(key)
     if row is None: raise KeyError(key.hex())
-    shard, i = self._shards[row[0]], row[1]
+    n = self._ends.searchsorted(row, side='right')
+    shard, i = self._shards[n], row - self._ends[n]                    # from its end
     found = {p: shard[p][i].clone() for p in places or self.places}
     for p, x in found.items():
         if _checksum(key, x) != shard['.sums'][i, self.places.index(p)]:
-            raise ValueError(f'{self.files[row[0]]} is damaged: the checksum of an answer at {p!r} is wrong. '
+            raise ValueError(f'{self.files[n]} is damaged: the checksum of an answer at {p!r} is wrong. '
                              'Delete it and call write_cache again')
     return found
 
@@ -341,7 +334,7 @@ class _Images(Dataset):
         image = _draw(self.dataset, self.draws[i])['image']
         return image_key(image), image
 
-# %% ../nbs/training/07_teacher_cache.ipynb #8953dc92
+# %% ../nbs/training/07_teacher_cache.ipynb #dca28c5e
 class _Writer:
     "Lets the teacher answer new images in batches, and puts the answers into shards."
     def __init__(self, cache, teacher, task, batch_size, shard_bytes):
@@ -372,11 +365,24 @@ class _Writer:
             shape, batches = next(iter(self.answered.items()))
             keys = [key for some, _ in batches for key in some]
             together = {p: torch.cat([said[p] for _, said in batches]) for p in self.cache.places}
-            _write_shard(self.cache.folder, keys, together)
+            _write_shard(self.cache, keys, together)
             del self.answered[shape]
         self.bytes, self.saved = 0, time.monotonic()
 
-# %% ../nbs/training/07_teacher_cache.ipynb #9a247e33
+# %% ../nbs/training/07_teacher_cache.ipynb #e4e2b39a
+def _begin(folder, teacher, places, dtype):
+    "The cache in `folder`, begun if there is none; ValueError if there is another one."
+    now = {'places': sorted(places), 'dtype': _name(dtype)}
+    for part in folder.glob('.*.part'):                                      # left by a killed writer
+        if time.time() - part.stat().st_mtime > 3600: part.unlink(missing_ok=True)
+    if not (folder / 'index.json').exists():
+        about = {'format': FORMAT, 'teacher': fingerprint(teacher), **now, 'torch': torch.__version__}
+        atomic_write(folder / 'index.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
+    cache = TeacherCache(folder, teacher)
+    differ = [f'{k} were {cache.about[k]}, are now {v}' for k, v in now.items() if cache.about[k] != v]
+    if differ: raise ValueError(f"{folder} is another cache: {'; '.join(differ)}. Take another folder")
+    return cache
+
 def _still_says(cache, teacher, task, image):
     "ValueError if the teacher's answer to this image is stored and is another today."
     key = image_key(image)
@@ -387,10 +393,7 @@ def _still_says(cache, teacher, task, image):
         raise ValueError(f'{cache.folder}: the teacher has the bytes it had, but answers differently today '
                          f'({gaps}): its code was changed. Take another folder')
 
-# %% ../nbs/training/07_teacher_cache.ipynb #ab451605
-#| export
-
-# %% ../nbs/training/07_teacher_cache.ipynb #2e4c6e2a
+# %% ../nbs/training/07_teacher_cache.ipynb #221e46f7
 def write_cache(
     folder,                          # where to; made if it does not exist, continued if it does
     teacher: nn.Module,              # frozen; on any device
@@ -418,8 +421,8 @@ def write_cache(
     run = dict(budget=budget, epochs=epochs, seeds=seeds)
     plan = plan_cache(folder, teacher, dataset, task, places, dtype=dtype, **run)
     if progress: print(plan)
-    _begin(Path(folder), teacher, _as_places(teacher, places), dtype)
-    cache, draws = TeacherCache(folder, teacher), run_draws(dataset, **run)
+    cache = _begin(Path(folder), teacher, _as_places(teacher, places), dtype)
+    draws = _with_probe(run_draws(dataset, **run))
     _still_says(cache, teacher, task, _draw(dataset, draws[0])['image'])
     writer = _Writer(cache, teacher, task, batch_size, shard_bytes)
     loader = DataLoader(_Images(dataset, draws[rank::world]), batch_size=None, num_workers=workers,
@@ -428,7 +431,8 @@ def write_cache(
         for image in tqdm(loader, desc='teacher cache', leave=False, disable=not progress): writer.add(*image)
         for shape in list(writer.waiting): writer.answer(shape)
     finally: writer.commit()                                        # also after Ctrl-C
-    return TeacherCache(folder, teacher)
+    cache._open()
+    return cache
 
 # %% ../nbs/training/07_teacher_cache.ipynb #eb56f00c
 def cached_gap(

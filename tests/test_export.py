@@ -86,18 +86,18 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize('kind', ['safetensors', 'torch'])
-def test_a_writer_that_lies_or_dies_leaves_what_was_there(kind, tmp_path, monkeypatch):
-    path = tmp_path / f's{export._ENDINGS[kind]}'
+@pytest.mark.parametrize('ending', ['.safetensors', '.pt2'])
+def test_a_writer_that_lies_or_dies_leaves_what_was_there(ending, tmp_path, monkeypatch):
+    path = tmp_path / f's{ending}'
     export_student(tiny_student(3), path, size=(32, 48), progress=False)
-    before, right = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, export._WRITERS[kind]
+    before, right = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, export._WRITERS[ending]
     def lies(net, file, image, free):
         for p in net.parameters(): p.data.mul_(1.001)
         right(net, file, image, free)
         for p in net.parameters(): p.data.div_(1.001)
     def dies(*_): raise KeyError('disk on fire')
     for wrong, message in ((lies, 'differ by'), (dies, 'disk on fire')):
-        monkeypatch.setitem(export._WRITERS, kind, wrong)
+        monkeypatch.setitem(export._WRITERS, ending, wrong)
         with pytest.raises(RuntimeError, match=f'is not written.*{message}'): export_student(tiny_student(3), path, size=(32, 48))
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -160,14 +160,48 @@ def test_folders_that_do_not_fit(run, tmp_path):
     assert left(tmp_path) == []
 
 
-def command(*flags, cwd):
-    return subprocess.run([sys.executable, '-c', 'from kdnotes.export import export_cli; export_cli()', *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=300)
+def test_a_run_says_how_its_images_come_and_other_folders_beside_it_do_not_matter(run, tmp_path):
+    many = shutil.copytree(run, tmp_path / 'many')
+    shutil.copytree(run / 'runs/channel_wise-0', many / 'runs/channel_wise-0.bak')
+    assert open_run(many)[1]['input']['mean'] and export._input({'transform': 'Resize(3)'}) == {'image': 'float32 (B,3,H,W), as the data set of the run gives it'}
+
+
+class Own(nn.Module):
+    """A network that the package cannot build."""
+    def __init__(self, width=4): super().__init__(); self.score = nn.Conv2d(3, width, 3, padding=1)
+    def forward(self, image): return {'out': self.score(image)}
+
+
+def test_a_network_of_ones_own_travels_by_its_builder(tmp_path):
+    net, path = Own(), tmp_path / 's.safetensors'
+    for about, why in (({}, 'pass it as `network`'), ({'network': network_plan(partial(Own, 4))}, 'Own. is no network of this package.*pass it as `network`')):
+        card = export_student(net, path, size=(32, 48), about=about, progress=False)
+        with pytest.raises(ValueError, match=why): load_student(path)
+        assert torch.equal(load_student(path, network=Own())[0].score.weight, net.score.weight) and card['check']['largest difference'] == 0
+    with pytest.raises(ValueError, match='does not fit the network'): load_student(path, network=Own(5))
+
+
+def test_the_check_sees_odd_sides():
+    for size in ((32, 48), (50, 50), (713, 713), (20, 30)):
+        _, other = export._images(size, ('batch', 'height', 'width'))
+        assert all(side % 2 for side in other.shape[2:]) and other.shape[2:] != size
+
+
+@pytest.mark.parametrize('name', ['s', 's.bin', 's.pt'])
+def test_unknown_endings_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r'should end in \.safetensors or \.onnx or \.pt2'): export_student(tiny_student(3), tmp_path / name, size=(32, 48))
+    assert left(tmp_path) == []
 
 
 def test_the_command(run, tmp_path):
-    done = command('--run', run, '--method', 'channel_wise', '--seed', 0, '--out', 'sub/s.pt2', cwd=tmp_path)
+    flags = ['--run', run, '--method', 'channel_wise', '--seed', 0, '--out', 'sub/s.pt2']
+    done = subprocess.run([sys.executable, '-c', 'from kdnotes.export import export_cli; export_cli()', *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 's.pt2: 21,672 parameters' in done.stdout and 'free: batch, height, width' in done.stdout
     assert left(tmp_path / 'sub') == ['s.pt2', 's.pt2.json']
-    wrong = command('--run', run, '--seed', 7, '--out', 's.pt2', cwd=tmp_path)
-    assert wrong.returncode == 2 and wrong.stderr.startswith('kdnotes_export: 0 finished runs fit') and 'Traceback' not in wrong.stderr
+
+
+def test_the_command_says_in_a_line_what_is_wrong(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end: export.export_cli(['--run', str(run), '--seed', '7', '--out', str(tmp_path / 's.pt2')])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith('kdnotes_export: 0 finished runs fit') and said.count('\n') == 1

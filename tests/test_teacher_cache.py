@@ -111,8 +111,8 @@ def test_keys_with_zero_bytes_are_found(teacher, tmp_path):
     """numpy's byte strings drop zeros at the end: no key may be taken for another because of it."""
     import kdnotes.teacher_cache as module
     keys = [bytes(16), bytes(15) + b'\1', b'\1' + bytes(15), b'\1' + bytes(14) + b'\1', b'\xff' * 16, b'\xff' * 15 + b'\0']
-    module._begin(tmp_path, teacher, ('logits',), torch.float16)
-    module._write_shard(tmp_path, keys, {'logits': torch.arange(6.).half()[:, None]})
+    begun = module._begin(tmp_path, teacher, ('logits',), torch.float16)
+    module._write_shard(begun, keys, {'logits': torch.arange(6.).half()[:, None]})
     cache = TeacherCache(tmp_path, teacher)
     assert sorted(cache) == sorted(keys) and len(cache) == 6
     assert [cache.read(key)['logits'].item() for key in keys] == [0, 1, 2, 3, 4, 5]
@@ -211,7 +211,7 @@ def whole(folder, teacher):
     return answers(write_cache(folder, teacher, data(), TASK, ['logits', 'head.bottleneck'], budget=BUDGET, batch_size=2, progress=False))
 
 
-@pytest.mark.parametrize('shards', [1, 4])
+@pytest.mark.parametrize('shards', [pytest.param(1, marks=pytest.mark.soak), 4])
 def test_kill_9_leaves_a_usable_cache_and_the_next_call_goes_on_to_the_same_bytes(teacher, tmp_path, shards):
     process = writer(tmp_path, pause=.05)
     process.stdout.readline()
@@ -239,10 +239,11 @@ def test_kill_9_at_twenty_random_moments(teacher, tmp_path):
 
 
 def test_two_processes_share_the_work_in_one_folder(teacher, written, tmp_path):
-    both = [writer(tmp_path, rank, 2) for rank in range(2)]
-    for process in both:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    process = writer(tmp_path, 1, 2, pause=.05)                                # the other one is this
+    process.stdout.readline()
+    write_cache(tmp_path, teacher, data(), TASK, ['logits', 'head.bottleneck'], budget=BUDGET, batch_size=2, shard_bytes=1, rank=0, world=2, progress=False)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     cache = TeacherCache(tmp_path, teacher)
     assert set(cache) == set(written)
     for key in cache:
@@ -301,9 +302,10 @@ def test_deleting_the_damaged_file_heals_the_cache(teacher, written, copied):
 
 def test_swapped_answers_are_noticed(teacher, written, copied):
     [file] = copied.glob('*.safetensors')
+    with safetensors.safe_open(file, 'pt') as f: head = f.metadata()
     shard = safetensors.torch.load_file(file)
     shard['logits'] = shard['logits'].roll(1, 0)
-    file.write_bytes(safetensors.torch.save(shard))
+    file.write_bytes(safetensors.torch.save(shard, head))
     cache = TeacherCache(copied, teacher)
     for key in cache:
         with pytest.raises(ValueError, match='checksum'): cache.read(key)
@@ -356,9 +358,37 @@ def test_the_same_teacher_elsewhere_is_welcome(teacher, written):
         assert len(TeacherCache(written.folder, same)) == len(written)
 
 
-def test_changed_code_under_the_same_bytes_is_noticed_before_writing(teacher, tmp_path):
-    write_cache(tmp_path, Scaled(teacher, 1.), data(), TASK, budget=BUDGET, progress=False)
-    with pytest.raises(ValueError, match='its code was changed'): write_cache(tmp_path, Scaled(teacher, 1.01), data(), TASK, budget=BUDGET, seeds=(0, 1), progress=False)
+@pytest.mark.parametrize('first, then', [(0, (0, 1)), (0, 3), (2, 3)])
+def test_changed_code_under_the_same_bytes_is_noticed_before_writing(teacher, tmp_path, first, then):
+    write_cache(tmp_path, Scaled(teacher, 1.), data(), TASK, budget=BUDGET, seeds=first, progress=False)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match='its code was changed'): write_cache(tmp_path, Scaled(teacher, 1.01), data(), TASK, budget=BUDGET, seeds=then, progress=False)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_another_teachers_shard_is_refused_wherever_it_came_from(teacher, copied):
+    other = copy.deepcopy(teacher); moved(other)
+    foreign = write_cache(copied / 'other', other, data(), TASK, ['logits', 'head.bottleneck'], budget=BUDGET, seeds=1, progress=False)
+    [file] = foreign.files
+    (copied / file.name).write_bytes(file.read_bytes())                        # two folders thrown together
+    with pytest.raises(ValueError, match=f'{file.name} holds the answers of another teacher'): TeacherCache(copied, teacher)
+    (copied / file.name).unlink(); (copied / 'index.json').unlink()             # the index lost, and begun anew by another teacher
+    with pytest.raises(ValueError, match='holds the answers of another teacher'): write_cache(copied, other, data(), TASK, ['logits', 'head.bottleneck'], budget=BUDGET, progress=False)
+
+
+def test_two_teachers_that_begin_one_folder_at_once_do_not_mix(teacher, tmp_path, monkeypatch):
+    """The second index lands after the first writer has opened its own: the worst moment there is."""
+    import kdnotes.teacher_cache as module
+    other = copy.deepcopy(teacher); moved(other)
+    right, theirs = module._begin, write_cache(tmp_path / 'theirs', other, data(), TASK, budget=BUDGET, progress=False)
+    def late(folder, *args):
+        cache = right(folder, *args)
+        (folder / 'index.json').write_bytes((theirs.folder / 'index.json').read_bytes())
+        return cache
+    monkeypatch.setattr(module, '_begin', late)
+    write_cache(tmp_path / 'both', teacher, data(), TASK, budget=BUDGET, progress=False)
+    for one in (teacher, other):
+        with pytest.raises(ValueError, match='another teacher'): TeacherCache(tmp_path / 'both', one)
 
 
 # --- the plan, and what does not fit
@@ -368,7 +398,15 @@ def test_the_plan_is_what_is_written(teacher, written):
     assert plan.entries == plan.draws == len(written) and plan.stored == 0
     assert 0 < written.bytes - plan.bytes < 2000 and not (written.folder / 'not there').exists()
     again = plan_cache(written.folder, teacher, data(), TASK, ['logits', 'head.bottleneck'], budget=BUDGET)
-    assert again.stored == written.bytes
+    assert again.stored == again.entries == 24 and 'of which 259kB are there' in str(again)
+
+
+def test_entries_of_another_seed_are_not_counted_as_there(teacher, tmp_path, monkeypatch):
+    write_cache(tmp_path, teacher, data(), TASK, budget=BUDGET, progress=False)
+    more, other = (plan_cache(tmp_path, teacher, data(), TASK, budget=BUDGET, seeds=s) for s in ((0, 1), 1))
+    assert (more.draws, other.draws) == (48, 25) and .3 < more.stored / 48 < .7 and other.stored <= 2
+    monkeypatch.setattr('shutil.disk_usage', lambda path: SimpleNamespace(free=other.bytes // 2))
+    with pytest.raises(OSError, match='does not fit'): plan_cache(tmp_path, teacher, data(), TASK, budget=BUDGET, seeds=1)
 
 
 def test_deterministic_samples_are_planned_and_stored_once(teacher, tmp_path):
@@ -395,7 +433,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(teacher, tmp_path, mo
 
 def test_the_sentence_comes_before_the_writing(teacher, tmp_path, capsys):
     write_cache(tmp_path, teacher, data(), TASK, budget=BUDGET)
-    assert '24 draws, about 24 different images of 1,560 bytes (logits 8x8x12, float16): 37.4 KB' in capsys.readouterr().out
+    assert '24 draws, about 24 different images of 1,560 bytes (logits 8x8x12, float16): 37.4kB, of which 0.00B are there' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('factor, why', [(1e9, 'does not fit torch.float16'), (1e-9, 'does not fit torch.float16'), (float('nan'), 'NaN or infinity'), (float('inf'), 'NaN or infinity')])
