@@ -1,5 +1,5 @@
 """Counts aloud what did not run and why: a skip should never hide."""
-import datetime, json, os, platform, subprocess
+import datetime, json, os, platform, signal, subprocess
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,7 @@ import pytest
 if os.environ.get('KDNOTES_GPU') != '1': os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')      # equal bits are promised on a CPU
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a job in the background starts with Ctrl-C ignored, and hands that on
 
 
 def pytest_configure(config):

@@ -4,7 +4,7 @@
 2. notebooks follow the house rules                                        tools/lint_nbs.py
 3. README.md is what the front page makes                                  tools/readme.py --check
 4. every notebook runs from top to bottom                                  nbdev_test
-5. everything that is not a lesson                                         pytest
+5. everything that is not a lesson, file by file on the cores there are    pytest
 """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -16,7 +16,8 @@ env.setdefault('HF_HUB_OFFLINE', '1')                   # nothing here may need 
 env.setdefault('CUDA_VISIBLE_DEVICES', '')              # equal bits are promised on a CPU; KDNOTES_GPU=1 asks for the GPU instead
 if env.get('KDNOTES_GPU') == '1': del env['CUDA_VISIBLE_DEVICES']
 steps = [[sys.executable, 'tools/check_sync.py'], [sys.executable, 'tools/lint_nbs.py'], [sys.executable, 'tools/readme.py', '--check'],
-         ['nbdev_test', '--timing'], [sys.executable, '-m', 'pytest', '-q', '-m', 'not soak', 'tests']]
+         ['nbdev_test', '--timing'],
+         [sys.executable, '-m', 'pytest', '-q', '-n', str(min(4, os.cpu_count() or 1)), '--dist', 'loadfile', '-m', 'not soak', 'tests']]
 
 for step in steps:
     start = time.time()

@@ -30,7 +30,7 @@ from torchvision import datasets as tv_datasets, tv_tensors
 from torchvision.models import detection, segmentation
 from torchvision.transforms import v2
 
-# %% ../../nbs/data/02_datasets.ipynb #15b40951
+# %% ../../nbs/data/02_datasets.ipynb #4e4408c3
 FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff"),
            "BMP": (".bmp",), "WEBP": (".webp",), "PPM": (".ppm", ".pgm")}
 SUFFIXES = tuple(end for ends in FORMATS.values() for end in ends)
@@ -38,6 +38,7 @@ SUFFIXES = tuple(end for ends in FORMATS.values() for end in ends)
 def _picture(path):
     "The decoded file and how its pixels are stored; whatever is wrong inside becomes one ValueError."
     try:
+        with Image.open(path, formats=list(FORMATS)) as picture: picture.verify()   # PNG's checksums, which decoding skips
         with Image.open(path, formats=list(FORMATS)) as picture:
             stored = picture.tile[0][3] if picture.tile else None   # known before decoding only
             picture.load()
