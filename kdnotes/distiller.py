@@ -196,6 +196,17 @@ def _must_resize(term, s, t, where):
         raise ValueError(f'{where} differ in map size, and in proportion: choose layers that see the same picture')
     return True
 
+# %% ../nbs/training/04_distiller.ipynb #70c2599d
+def _must_teach(term, s, t, where, task):
+    "ValueError for a loss that has nothing to compare at its place."
+    least, channels = getattr(term.loss, 'min_channels', 1), min(s.shape[1], t.shape[1])
+    if channels < least:
+        raise ValueError(f'{where}: {type(term.loss).__name__} compares softmaxes or cosines over channels, and over {channels} '
+                         f'channel these are constant; expected {least} or more (depth in bins has them)')
+    if 'logits' in term.places and getattr(term.loss, 'needs_map', False) and not getattr(task, 'logits_are_map', True):
+        raise ValueError(f'{where}: {type(term.loss).__name__} compares positions of a picture, and the logits of {task.name} '
+                         'are a list; give it a feature map, such as a level of the pyramid')
+
 # %% ../nbs/training/04_distiller.ipynb #a58c5f00
 def _fit_adapter(term, s, t, where):
     "The module that makes the student's channels fit the teacher's at this term, or None; ValueError if there is no sane one."
@@ -216,7 +227,7 @@ def _apart(device):
     "What is drawn inside the block leaves the generators of CPU and this device as they were (all eight GPUs would be woken up)."
     return torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])
 
-# %% ../nbs/training/04_distiller.ipynb #48dbd0ab
+# %% ../nbs/training/04_distiller.ipynb #73c6e76c
 @patch
 def prepare(self: Distiller,
             batch: dict,                 # one batch, to see the shapes
@@ -225,7 +236,8 @@ def prepare(self: Distiller,
             losses: bool = True,         # False: a checkpoint is about to bring what they have prepared
             seed: int = 0) -> list:      # of the adapters and of what losses prepare -> lines describing the adapters made
     """Build the adapters and let losses prepare themselves; once, before the first step. The random generators are left as
-    they were. ValueError, naming both layers and shapes, where two tensors cannot be brought together."""
+    they were. ValueError, naming both layers and shapes, where two tensors cannot be brought together, or a loss would be
+    constant at its place."""
     if self.prepared or not self.terms: return []
     plan, was_training = [], self.training
     self.eval(); self.resized.clear()
@@ -236,6 +248,7 @@ def prepare(self: Distiller,
             s, t_ = ours[t.places[0]], theirs[t.places[1]]
             where = (f'{t.name}: student {t.places[0]!r} {tuple(s.shape)} '
                      f'and teacher {t.places[1]!r} {tuple(t_.shape)}')
+            _must_teach(t, s, t_, where, self.task)
             adapter = _fit_adapter(t, s, t_, where)
             if adapter is not None:
                 self.adapters[t.name] = adapter.to(s)                   # its device and dtype

@@ -160,7 +160,7 @@ class GlobalLocal(nn.Module):
     The relation is taken over all B*(d*d + 1) rows of the batch, gathered from all processes if there are
     several; under gradient accumulation it sees one micro-batch at a time and is another function.
     Source: Kim et al., ICCV 2021; the paper's 1 - alpha is the factor of the task loss."""
-    needs, any_channels = ('classifiers',), True
+    needs, any_channels, needs_map = ('classifiers',), True, True
     def __init__(self, *,
                  alpha: float = 0.7,     # of the global term
                  beta: float = 500.,     # of the relation; the paper's, for its 320 rows

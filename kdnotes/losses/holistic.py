@@ -290,6 +290,7 @@ class Holistic(_OwnStep):
     critic is frozen. `prepare` draws the start of a `Critic(seed=None)`. `needs` is ('image',) for a critic
     with image_channels > 0, else ().
     Source: Liu et al., SKD, arXiv 1903.04197."""
+    needs_map = True
     def __init__(self,
                  critic: nn.Module,             # called critic(score_map, image) if it has image_channels > 0
                  *,

@@ -89,7 +89,8 @@ class IntraClassVariation(nn.Module):
     integer labels (B,h,w) of any size; returns a 0-dim tensor. Raises ValueError naming the shapes that do
     not fit, or the label that is no class.
     Source: Wang et al., ECCV 2020, as its official code has it."""
-    needs, any_channels = ('labels',), True
+    needs, any_channels, needs_map = ('labels',), True, True
+    min_channels = 2                             # the cosine of two numbers is 1 or -1
 
     def __init__(self,
                  num_classes: int,            # K; the classes are 0 to K-1

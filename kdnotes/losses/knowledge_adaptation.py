@@ -68,7 +68,7 @@ class Affinity(nn.Module):
     `squared=True`: mean over B*m*m of the squared differences. Called `loss(student, teacher)` on (B,C,H,W)
     maps of equal B, H, W; channel counts may differ. Returns a 0-dim tensor, exactly 0 for 1x1 maps. Raises
     ValueError naming both shapes. Source: He et al., CVPR 2019, arXiv 1903.04688, affinity distillation."""
-    any_channels = True
+    any_channels, min_channels = True, 2       # the cosine of two numbers is 1 or -1
 
     def __init__(self, *,
                  squared: bool = False):    # square the differences instead of taking row norms
@@ -273,6 +273,7 @@ class KnowledgeAdaptation(nn.Module):
     up. RuntimeError before `prepare`; ValueError naming both shapes if they do not fit. The adapters belong
     into the student's optimiser; the encoder is frozen. Source: He et al., CVPR 2019, arXiv 1903.04688."""
     any_channels, any_size = True, True     # it brings its adapters, and the encoder changes the map's size
+    min_channels, needs_map = 2, True
     prepare, parts, fitted = _prepare, _parts, property(lambda self: self.encoder.fitted)
     def __init__(self,
                  student_channels: int,               # of the student's features

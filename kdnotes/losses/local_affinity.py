@@ -60,7 +60,8 @@ class LocalAffinity(nn.Module):
     Called `loss(student, teacher)` on two (B,C,H,W) maps, channels may differ; returns a 0-dim tensor,
     exactly 0 for maps smaller than 3x3. Raises ValueError naming both shapes if B, H or W differ.
     Source: Xie et al., arXiv 1810.08476, as SKD's public code computes it (CriterionLS, CriterionLSCos)."""
-    any_channels = True
+    any_channels, needs_map = True, True
+    min_channels = property(lambda self: 2 if self.kind == 'cosine' else 1)    # of two numbers it is 1 or -1
 
     def __init__(self, *,
                  kind: str = 'distance'):    # 'distance' or 'cosine'

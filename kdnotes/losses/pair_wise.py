@@ -44,7 +44,7 @@ class PairWise(nn.Module):
     Called `loss(student, teacher)` on (B,N,H,W) maps whose N may differ; returns a 0-dim tensor, exactly 0 if
     there is only one node. Raises ValueError naming both shapes if they do not fit.
     Source: Liu et al., CVPR 2019 and TPAMI, arXiv 1903.04197."""
-    any_channels = True
+    any_channels, min_channels, needs_map = True, 2, True    # the cosine of two numbers is 1 or -1
     def __init__(self, *,
                  granularity=(2, 2),                     # the window in pixels, an int or (h, w)
                  connection_range: int | None = None,    # 1, 9, 25, 49, ... nodes; None: all pairs

@@ -17,6 +17,7 @@ class PixelWise(nn.Module):
 
     A map of one channel (C = 1) is legal and gives exactly 0. No pixel is left out, ignored labels included.
     Source: Liu et al., arXiv 1903.04197, the pixel-wise term; teacher first, as public code computes it."""
+    min_channels = 2          # a softmax over one channel is constant: a distiller refuses it
     def __init__(self, *,
                  temperature: float = 1.0,   # T > 0, for both sides
     ):

@@ -17,6 +17,7 @@ class SoftTargets(nn.Module):
 
     A single class (K = 1) is legal and gives exactly 0.
     Source: Hinton, Vinyals and Dean (2015), arXiv 1503.02531."""
+    min_channels = 2          # a softmax over one class is constant: a distiller refuses it
     def __init__(self, *,
                  temperature: float = 4.0,   # T > 0, for both sides
     ):
