@@ -6,9 +6,10 @@
 __all__ = ['write_json', 'open_folder', 'circumstances', 'teacher_of', 'student_of', 'find_recipe', 'compare', 'train', 'examine',
            'compare_cli', 'train_cli', 'doctor_cli']
 
-# %% ../nbs/training/11_compare.ipynb #37ab4406
+# %% ../nbs/training/11_compare.ipynb #1a45a45d
 import argparse, hashlib, json, platform, shlex, subprocess, sys
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 import kdnotes
-from .data.datasets import Augmented, train_loader
-from .distiller import Distiller
+from .data.datasets import Augmented, collate, train_loader
+from .distiller import Distiller, _apart
 from .doctor import Diagnosis, diagnose
 from .loop import _ready, evaluate, fit, keyed, make_optimizer, processes_here
 from .metrics import summarise
@@ -99,7 +100,7 @@ def _together(records):
     return {'device': join(c['device'] for c in found), 'versions': {k: join(c['versions'].get(k) for c in found) for k in found[0]['versions']},
             'commit': join(c['commit'] for c in found)}
 
-# %% ../nbs/training/11_compare.ipynb #299f9c97
+# %% ../nbs/training/11_compare.ipynb #8a52100f
 def _record(folder):
     "The record of a finished run in this folder, or None."
     file = Path(folder) / 'record.json'
@@ -112,6 +113,7 @@ def _trained(folder, distiller, splits_train, valid, budget, seed, progress):
     folder.mkdir(parents=True, exist_ok=True)
     history = fit(distiller, splits_train, valid, budget=budget, seed=seed, out=folder, resume=True, progress=progress)
     metrics = {k: v for k, v in history.metrics[-1].items() if k != 'step'}
+    if metrics[distiller.task.metric] is None: raise ValueError(f'nothing in the data to score on has a {distiller.task.metric}: no labels there')
     if processes_here().is_main_process:
         save_weights(distiller.student, folder / 'weights.safetensors')
         write_json(folder / 'record.json', {'metrics': metrics, 'seconds': round(history.seconds, 2), 'steps': history.steps, 'scores': history.metrics,
@@ -142,7 +144,7 @@ def _data_print(part):
         for key, value in sorted(raw[i].items()): digest.update(key.encode() + torch.as_tensor(value).contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {'samples': len(raw), 'transform': describe(part.transform) if isinstance(part, Augmented) else None, 'sha256': digest.hexdigest()}
 
-# %% ../nbs/training/11_compare.ipynb #49b01567
+# %% ../nbs/training/11_compare.ipynb #df1c4f58
 def _capped(budget, max_steps):
     if budget is None or max_steps is None: return budget
     if max_steps < 1: raise ValueError(f'max_steps must be 1 or more, got {max_steps}')
@@ -154,10 +156,12 @@ def teacher_of(
     folder,                      # where it is kept
     *,
     progress: bool = True,       # show bars
+    first=None,                  # what its networks begin with; None: their own start
 ) -> tuple:                      # (network, record with its measured metrics)
     "The trained teacher of a recipe and its own score: trained once in `folder`, or loaded, or as given."
     torch.manual_seed(0)
     net = recipe.teacher if isinstance(recipe.teacher, nn.Module) else recipe.teacher()
+    if first: first.to_teacher(net)
     if recipe.teacher_budget is not None:
         record = _trained(folder, Distiller(net, None, recipe.task, []), splits.teacher_train, splits.valid, recipe.teacher_budget, 0, progress)
         load_weights(net, Path(folder) / 'weights.safetensors')
@@ -170,7 +174,7 @@ def teacher_of(
         processes_here().wait_for_everyone()
     return net, record
 
-# %% ../nbs/training/11_compare.ipynb #5ab3084c
+# %% ../nbs/training/11_compare.ipynb #fb2a608b
 def student_of(
     recipe: Recipe,              # says how it is built and trained
     method: str,                 # a key of `recipe.methods`
@@ -180,11 +184,36 @@ def student_of(
     folder,                      # where it is kept
     *,
     progress: bool = True,       # show bars
+    first=None,                  # what its networks begin with; None: their own start
 ) -> dict:                       # its record: metrics, seconds, steps, circumstances
     "Train and score one student; finished work is read, not repeated."
     torch.manual_seed(seed)                                  # the same start for every method of a seed
-    distiller = recipe.distiller(method, teacher)
+    student = recipe.student()
+    if first: first.to_student(student, method, seed)
+    distiller = recipe.distiller(method, teacher, student=student)
     return _trained(folder, distiller, splits.train, splits.valid, recipe.budget, seed, progress)
+
+# %% ../nbs/training/11_compare.ipynb #908dbd0a
+class _First:
+    "The networks of the recipe that `recipe` starts from, trained when they are asked for."
+    def __init__(self, recipe, data_root, out, progress):
+        self.start, self.recipe, self.out, self.progress = recipe.start, recipe.start.recipe, Path(out) / 'start', progress
+        self.splits, self.first = _splits(self.recipe, data_root), _first(self.recipe, data_root, self.out, progress)
+
+    @cached_property
+    def teacher(self): return teacher_of(self.recipe, self.splits, self.out / 'teacher', progress=self.progress, first=self.first)[0]
+
+    def to_teacher(self, net): self.start.give(self.teacher, net)
+
+    def to_student(self, net, method, seed):
+        there = self.start.methods.get(method, 'none'); folder = self.out / 'runs' / f'{there}-{seed}'
+        with _apart(torch.device('cpu')):                    # what is drawn here is no business of the student to come
+            student_of(self.recipe, there, seed, self.teacher, self.splits, folder, progress=self.progress, first=self.first)
+            self.start.give(load_weights(self.recipe.student(), folder / 'weights.safetensors'), net)
+
+    def print(self): return {k: _data_print(v) for k, v in self.splits._asdict().items()} | ({'start': self.first.print()} if self.first else {})
+
+def _first(recipe, data_root, out, progress): return _First(recipe, data_root, out, progress) if recipe.start else None
 
 # %% ../nbs/training/11_compare.ipynb #e1c22bb6
 def _answered(cache, recipe, methods, seeds, teacher, splits, progress):
@@ -197,7 +226,7 @@ def _answered(cache, recipe, methods, seeds, teacher, splits, progress):
     here.wait_for_everyone()
     return splits._replace(train=TeacherCache(cache, teacher).dataset(splits.train))
 
-# %% ../nbs/training/11_compare.ipynb #090552f7
+# %% ../nbs/training/11_compare.ipynb #e31bab26
 @torch.no_grad()
 def _predictions(net, task, dataset, indices):
     "Predictions of `net` for some samples, on the CPU."
@@ -205,8 +234,8 @@ def _predictions(net, task, dataset, indices):
     net.eval()
     found = []
     for i in indices:
-        batch = {k: torch.as_tensor(v)[None].to(device) for k, v in dataset[i].items()}
-        found.append(task.predict(net(batch['image']), batch)[0].cpu())
+        batch = send_to_device(collate([dataset[i]]), device)
+        found.append(send_to_device(task.predict(net(batch['image']), batch)[0], 'cpu'))
     return found
 
 def _pictures(recipe, splits, teacher, methods, out):
@@ -250,17 +279,21 @@ def find_recipe(
     if recipe in RECIPES: return RECIPES[recipe]
     raise ValueError(f'no recipe {recipe!r}: choose from {sorted(RECIPES)}')
 
-# %% ../nbs/training/11_compare.ipynb #99646eab
-def _prepare(recipe, out, data_root, max_steps, **kind):
-    "Recipe with capped budgets, its folder, its data: what comparing and training share."
-    here = processes_here()
-    recipe = find_recipe(recipe)
-    recipe = replace(recipe, budget=_capped(recipe.budget, max_steps), teacher_budget=_capped(recipe.teacher_budget, max_steps))
-    splits = _splits(recipe, data_root)                      # before the folder: wrong data leaves nothing behind
+# %% ../nbs/training/11_compare.ipynb #a5e229df
+def _shortened(recipe, max_steps):
+    "The recipe, and the one it starts from, with capped budgets."
+    start = recipe.start and replace(recipe.start, recipe=_shortened(recipe.start.recipe, max_steps))
+    return replace(recipe, budget=_capped(recipe.budget, max_steps), teacher_budget=_capped(recipe.teacher_budget, max_steps), start=start)
+
+def _prepare(recipe, out, data_root, max_steps, progress, **kind):
+    "Recipe with capped budgets, its folder, its data, what it starts from: what comparing and training share."
+    here, recipe = processes_here(), _shortened(find_recipe(recipe), max_steps)
+    splits, first = _splits(recipe, data_root), _first(recipe, data_root, out, progress)       # before the folder: wrong data leaves nothing behind
     kind = {k: v for k, v in kind.items() if v or k != 'teacher_cache'}                  # told if on
     loaded = hashlib.sha256(Path(recipe.teacher_weights).read_bytes()).hexdigest() if recipe.teacher_weights is not None else None
-    settings = {**kind, 'recipe': describe(recipe), 'teacher_weights': loaded, 'max_steps': max_steps, 'data': {k: _data_print(v) for k, v in splits._asdict().items()}}
-    with here.main_process_first(): return recipe, open_folder(out, settings), splits
+    data = {k: _data_print(v) for k, v in splits._asdict().items()} | ({'start': first.print()} if first else {})
+    settings = {**kind, 'recipe': describe(recipe), 'teacher_weights': loaded, 'max_steps': max_steps, 'data': data}
+    with here.main_process_first(): return recipe, open_folder(out, settings), splits, first
 
 def _results(recipe, teacher, record, records, command):
     "The results dictionary from the teacher's record and the students' by (method, seed): one format for comparisons, single runs and the ledger."
@@ -276,7 +309,7 @@ def _command(program, recipe, **flags):
     if RECIPES.get(recipe.name) is not recipe: program = f"# a recipe of one's own, from Python: {program}"
     return program + ' ' + shlex.join(str(a) for k, v in flags.items() if v is not None for a in (f'--{k}', v))
 
-# %% ../nbs/training/11_compare.ipynb #664076bc
+# %% ../nbs/training/11_compare.ipynb #4d7a16c5
 def compare(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of the comparison: new, or one to continue
@@ -295,17 +328,17 @@ def compare(
     chosen = _chosen(find_recipe(recipe), methods)
     command = _command('kdnotes_compare', find_recipe(recipe), out=out, data_root=data_root, methods=None if methods is None else ','.join(chosen[1:]),
                        seeds=seeds, max_steps=max_steps, ledger=ledger, teacher_cache=teacher_cache)
-    recipe, out, splits = _prepare(recipe, out, data_root, max_steps, kind='compare', teacher_cache=teacher_cache is not None)
+    recipe, out, splits, first = _prepare(recipe, out, data_root, max_steps, progress, kind='compare', teacher_cache=teacher_cache is not None)
     main = processes_here().is_main_process
     say = print if progress and main else (lambda *a, **k: None)
-    teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress)
+    teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress, first=first)
     metric, records = recipe.task.metric, {}
     answered = _answered(teacher_cache, recipe, chosen, range(seeds), teacher, splits, progress)
     say(f"teacher: {metric} {record['metrics'][metric]:.4f}", flush=True)
     for seed in range(seeds):
         for method in chosen:
             data = answered if recipe.methods[method] else splits
-            records[method, seed] = done = student_of(recipe, method, seed, teacher, data, out / 'runs' / f'{method}-{seed}', progress=progress)
+            records[method, seed] = done = student_of(recipe, method, seed, teacher, data, out / 'runs' / f'{method}-{seed}', progress=progress, first=first)
             say(f"seed {seed}, {method}: {metric} {done['metrics'][metric]:.4f}", flush=True)
     results = _results(recipe, teacher, record, records, command)
     if main:
@@ -315,7 +348,7 @@ def compare(
     processes_here().wait_for_everyone()
     return results
 
-# %% ../nbs/training/11_compare.ipynb #deb89efa
+# %% ../nbs/training/11_compare.ipynb #f48b3097
 def train(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of the run
@@ -334,16 +367,16 @@ def train(
     processes_here().wait_for_everyone()                     # all have looked before one writes
     if used and not resume: raise FileExistsError(f'{out} holds a run already: resume goes on with it, another folder starts anew')
     command = _command('kdnotes_train', full, method=method, data_root=data_root, out=out, seed=seed, max_steps=max_steps, teacher_cache=teacher_cache)
-    recipe, out, splits = _prepare(full, out, data_root, max_steps, kind='train', method=method, seed=seed, teacher_cache=teacher_cache is not None)
-    teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress)
+    recipe, out, splits, first = _prepare(full, out, data_root, max_steps, progress, kind='train', method=method, seed=seed, teacher_cache=teacher_cache is not None)
+    teacher, record = teacher_of(recipe, splits, out / 'teacher', progress=progress, first=first)
     data = _answered(teacher_cache, recipe, [method], [seed], teacher, splits, progress)
-    done = student_of(recipe, method, seed, teacher, data, out / 'runs' / f'{method}-{seed}', progress=progress)
+    done = student_of(recipe, method, seed, teacher, data, out / 'runs' / f'{method}-{seed}', progress=progress, first=first)
     results = _results(recipe, teacher, record, {(method, seed): done}, command)
     if processes_here().is_main_process: write_json(out / 'results.json', results)
     processes_here().wait_for_everyone()
     return results
 
-# %% ../nbs/training/11_compare.ipynb #0403b14f
+# %% ../nbs/training/11_compare.ipynb #52c7ce64
 def examine(
     recipe,                          # a name in RECIPES, or a Recipe of your own
     out,                             # folder of a run or comparison of this recipe, or a new one: only its teacher is used
@@ -358,8 +391,8 @@ def examine(
 ) -> Diagnosis:                      # findings, faults first
     "Is distillation really on, in this recipe with this method?"
     method, found = _one(find_recipe(recipe), method), _settings(out) or {'kind': 'doctor'}
-    recipe, out, splits = _prepare(recipe, out, data_root, max_steps, **{k: found[k] for k in _RUN if k in found})
-    teacher, _ = teacher_of(recipe, splits, out / 'teacher', progress=progress)
+    recipe, out, splits, first = _prepare(recipe, out, data_root, max_steps, progress, **{k: found[k] for k in _RUN if k in found})
+    teacher, _ = teacher_of(recipe, splits, out / 'teacher', progress=progress, first=first)
     splits = _answered(teacher_cache, recipe, [method], [seed], teacher, splits, progress)
     torch.manual_seed(seed)
     distiller, data, here = recipe.distiller(method, teacher), keyed(splits.train, seed), processes_here()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .taps import Taps, find_module
 
-# %% ../nbs/training/04_distiller.ipynb #3b0b4c1a
+# %% ../nbs/training/04_distiller.ipynb #2ad6216c
 def _classifiers(distiller):
     "The layers of student and teacher that turn features into class scores."
     models = distiller.student, distiller.teacher
@@ -25,7 +25,11 @@ def _classifiers(distiller):
         if not callable(getattr(model, 'get_classifier', None)):
             raise ValueError(f'{type(model).__name__} does not say which layer is its classifier: give it a method '
                              'get_classifier() that returns the layer from features to class scores')
-    return tuple(model.get_classifier() for model in models)
+    layers = tuple(model.get_classifier() for model in models)
+    for model, layer in zip(models, layers):
+        if 1 in (getattr(layer, 'out_features', 0), getattr(layer, 'out_channels', 0)):
+            raise ValueError(f'the classifier of {type(model).__name__} gives one score, and the softmax of one score is constant')
+    return layers
 
 NEEDS = {'labels':      lambda distiller, batch: (distiller.task.labels(batch),),        # what a loss may ask for
          'image':       lambda distiller, batch: (batch['image'],),
@@ -137,7 +141,7 @@ def their(self: Distiller,
     if missing: raise ValueError(f"the batch brings the teacher's {sorted(batch['teacher'])}, but the terms also want {missing}")
     return {p: batch['teacher'][p].to(batch['image'].dtype) for p in places}
 
-# %% ../nbs/training/04_distiller.ipynb #34e9e376
+# %% ../nbs/training/04_distiller.ipynb #9f281fa4
 @patch
 def forward(self: Distiller,
             batch: dict,             # of tensors
@@ -155,7 +159,8 @@ def forward(self: Distiller,
         if t.name in self.adapters: s = self.adapters[t.name](s)
         if t.name in self.resized: s = _resize(s, t_.shape[2:])
         inputs = (s, t_, *(x for need in getattr(t.loss, 'needs', ()) for x in NEEDS[need](self, batch)))
-        parts[t.name] = t.loss(*inputs)
+        try: parts[t.name] = t.loss(*inputs)
+        except ValueError as error: raise ValueError(f'{t.name} at {t.at!r}: {error}') from error
         total = total + t.weight * parts[t.name]                                       # (1)
         if self.training and hasattr(t.loss, 'update'):
             self._seen.setdefault(t.name, []).append([x.detach() if isinstance(x, Tensor) else x for x in inputs])
@@ -227,7 +232,7 @@ def _apart(device):
     "What is drawn inside the block leaves the generators of CPU and this device as they were (all eight GPUs would be woken up)."
     return torch.random.fork_rng(devices=[device] if device.type == 'cuda' else [])
 
-# %% ../nbs/training/04_distiller.ipynb #73c6e76c
+# %% ../nbs/training/04_distiller.ipynb #e71b5219
 @patch
 def prepare(self: Distiller,
             batch: dict,                 # one batch, to see the shapes
@@ -249,6 +254,7 @@ def prepare(self: Distiller,
             where = (f'{t.name}: student {t.places[0]!r} {tuple(s.shape)} '
                      f'and teacher {t.places[1]!r} {tuple(t_.shape)}')
             _must_teach(t, s, t_, where, self.task)
+            for need in getattr(t.loss, 'needs', ()): NEEDS[need](self, batch)         # a task without labels says so here
             adapter = _fit_adapter(t, s, t_, where)
             if adapter is not None:
                 self.adapters[t.name] = adapter.to(s)                   # its device and dtype

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Budget', 'make_optimizer', 'History', 'evaluate', 'keyed', 'step_seed', 'processes_here', 'fit', 'train_supervised']
 
-# %% ../nbs/training/05_loop.ipynb #20c0214a
+# %% ../nbs/training/05_loop.ipynb #0dd3caee
 import copy, os, signal, threading, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,10 +19,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast, send_to_device
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from .data.datasets import Augmented, eval_loader, train_loader
+from .data.datasets import Augmented, collate, eval_loader, train_loader
 from .distiller import Distiller, _apart
 from .networks import atomic_write
 
@@ -261,7 +260,7 @@ def _all_took_part(accelerator, distiller):
         raise RuntimeError(f'{len(idle)} parameters take no part in any loss, such as {idle[0]!r}: several processes would wait '
                            'for their gradients; switch them off with `requires_grad_(False)`')
 
-# %% ../nbs/training/05_loop.ipynb #6f7127f7
+# %% ../nbs/training/05_loop.ipynb #ffd03b55
 class _Book:
     "The book-keeping of a run: rows and scores in the history, finite losses, checkpoints."
     def __init__(self, history, checkpoint, budget, score, scores_at, log):
@@ -297,7 +296,7 @@ class _Book:
     def postfix(self, metric):
         "What the progress bar says behind the time left: the loss, and the last score."
         rows, scores = self.history.steps, self.history.metrics
-        return {**({'loss': f"{rows[-1]['loss']:.3f}"} if rows else {}), **({metric: f'{scores[-1][metric]:.3f}'} if scores else {})}
+        return {**({'loss': f"{rows[-1]['loss']:.3f}"} if rows else {}), **({metric: f'{scores[-1][metric]:.3f}'} if scores and scores[-1][metric] is not None else {})}
 
 # %% ../nbs/training/05_loop.ipynb #71763a55
 def _agree(distiller, accelerator):
@@ -322,11 +321,11 @@ class _Passes:
         loader = train_loader(self.data, self.size, steps=start + len(self), start=start, seed=self.seed, workers=self.workers)
         return (send_to_device(batch, self.device) for batch in loader)
 
-# %% ../nbs/training/05_loop.ipynb #61488061
+# %% ../nbs/training/05_loop.ipynb #92170214
 def _ready(accelerator, distiller, data, budget, seed, resumes):
     "Networks on the device, adapters made, losses prepared (unless a checkpoint brings that); the plan in words."
     distiller.to(accelerator.device)
-    first = send_to_device(default_collate([data[0, 0]]), accelerator.device)
+    first = send_to_device(collate([data[0, 0]]), accelerator.device)
     pictures = keyed(getattr(data, 'uncached', data), seed)                              # a cache holds the steps of a run, not these passes
     plan = distiller.prepare(first, data=_Passes(pictures, budget, seed, accelerator.device), seed=seed, losses=not resumes)
     if budget.channels_last: distiller.to(memory_format=torch.channels_last)             # adapters too

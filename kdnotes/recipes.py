@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCENES_MEAN', 'SCENES_STD', 'TUNE_SEED', 'FEATURE', 'SCORES', 'FEATURES', 'PAIR_ABOUT', 'GLD_MEAN', 'GLD_STD',
-           'RECIPES', 'Splits', 'Recipe', 'describe', 'scenes_data', 'scenes_task', 'two_methods', 'scenes_recipe',
-           'splits', 'camvid_data', 'camvid_recipe', 'camvid_task', 'every_method', 'scenes_all', 'camvid_all', 'ours',
-           'cityscapes_data', 'streets', 'psp_pair', 'skd_methods', 'skd_cityscapes_r18', 'ade20k_data',
-           'skd_ade20k_r18', 'skd_camvid_espnetc', 'table2_recipe', 'two_places', 'cwd_cityscapes_r18',
+           'RECIPES', 'Splits', 'Start', 'Recipe', 'describe', 'scenes_data', 'scenes_task', 'two_methods',
+           'scenes_recipe', 'splits', 'camvid_data', 'camvid_recipe', 'camvid_task', 'every_method', 'scenes_all',
+           'camvid_all', 'ours', 'cityscapes_data', 'streets', 'psp_pair', 'skd_methods', 'skd_cityscapes_r18',
+           'ade20k_data', 'skd_ade20k_r18', 'skd_camvid_espnetc', 'table2_recipe', 'two_places', 'cwd_cityscapes_r18',
            'pi_cityscapes_r18', 'pa_cityscapes_r18', 'at_cityscapes_r18', 'local_cityscapes_r18', 'ifvd_cityscapes_r18',
            'ho_cityscapes_r18', 'ka_recipe', 'voc_data', 'context_data', 'ka_voc_mobilenetv2',
            'ka_cityscapes_mobilenetv2', 'ka_context_mobilenetv2', 'cifar100_data', 'gld_cifar100_r110_r20', 'Lesson',
@@ -25,7 +25,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/training/09_recipes.ipynb #e002dea3
+# %% ../nbs/training/09_recipes.ipynb #c3829c03
 from .checks import Table
 from .data import datasets
 from .data.datasets import CAMVID_CLASSES, CAMVID_PALETTE, CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
@@ -45,17 +45,38 @@ from .losses.local_affinity import LocalAffinity
 from .losses.pair_wise import PairWise
 from .losses.pixel_wise import PixelWise
 from .losses.soft_targets import SoftTargets
-from .networks import cifar_resnet, deeplabv3, espnetc, fcn, pspnet, tiny_student, tiny_teacher
+from .networks import _misfits, cifar_resnet, deeplabv3, espnetc, fcn, pspnet, tiny_student, tiny_teacher
+from .taps import find_module
 from .tasks import Classification, Segmentation
 
-# %% ../nbs/training/09_recipes.ipynb #150453a7
+# %% ../nbs/training/09_recipes.ipynb #dd12da72
 class Splits(NamedTuple):
     "The data of a comparison."
     train: object                    # for the students: an `Augmented`
     valid: object                    # for the scores of all
     teacher_train: object = None     # for the teacher; the students' if None
 
-# %% ../nbs/training/09_recipes.ipynb #dd798e5e
+# %% ../nbs/training/09_recipes.ipynb #d388d36b
+@dataclass(frozen=True)
+class Start:
+    "What the networks of a recipe begin with: a part of another recipe's networks, teacher for teacher."
+    recipe: object                                  # the `Recipe` that is run first
+    part: str                                       # dotted path in its networks, such as 'features'
+    onto: str                                       # dotted path in those that begin with it
+    methods: dict = field(default_factory=dict)     # method -> method of that recipe; 'none' if absent
+
+    def give(self,
+             trained: nn.Module,        # of the recipe that was run first
+             net: nn.Module,            # gets the part's weights, in place
+             ) -> nn.Module:
+        "Copy the weights of `part` into `onto`; ValueError if they do not fit, and nothing is copied."
+        part, onto = find_module(trained, self.part).state_dict(), find_module(net, self.onto)
+        problems = _misfits(onto, part)
+        if problems: raise ValueError(f'{self.part!r} of {self.recipe.name!r} does not fit {self.onto!r}: {problems}')
+        onto.load_state_dict(part)
+        return net
+
+# %% ../nbs/training/09_recipes.ipynb #64af4eb5
 @dataclass(frozen=True)
 class Recipe:
     "Everything a comparison needs, except the seeds."
@@ -71,13 +92,14 @@ class Recipe:
     size: tuple = (512, 1024)              # image (height, width) at which FLOPs are counted
     about: str = ''                        # where the settings come from, in words
     task_weights: dict = field(default_factory=dict)    # method -> factor of the supervised loss; 1 if absent
+    start: Start | None = None             # None: from random weights, or what the builders load
 
     def __post_init__(self):
         object.__setattr__(self, 'methods', {'none': [], **self.methods})
         problem = next(_problems(self), None)
         if problem: raise ValueError(f'recipe {self.name!r}: {problem}')
 
-# %% ../nbs/training/09_recipes.ipynb #aa2f8d82
+# %% ../nbs/training/09_recipes.ipynb #a75a8df4
 def _problems(recipe):
     "What is wrong with a recipe, in words; nothing if it is right."
     trained, loaded = recipe.teacher_budget is not None, recipe.teacher_weights is not None
@@ -98,6 +120,10 @@ def _problems(recipe):
         if method not in recipe.methods or method == 'none' or not 0 <= weight < float('inf'):
             yield (f'task_weights has {weight!r} for {method!r}; expected a number >= 0 for a method with '
                    'terms')
+    for here, there in (recipe.start.methods if recipe.start else {}).items():
+        if here not in recipe.methods or there not in recipe.start.recipe.methods:
+            yield (f'start: {here!r} begins with {there!r} of {recipe.start.recipe.name!r}; expected a method of '
+                   f'each, {list(recipe.methods)} and {list(recipe.start.recipe.methods)}')
 
 # %% ../nbs/training/09_recipes.ipynb #5048aeed
 @patch
@@ -114,7 +140,7 @@ def distiller(self: Recipe,
     return Distiller(student, teacher, self.task, copy.deepcopy(self.methods[method]),
                      task_weight=self.task_weights.get(method, 1.))
 
-# %% ../nbs/training/09_recipes.ipynb #a59c30ce
+# %% ../nbs/training/09_recipes.ipynb #f8f60137
 def _spelled(x):
     "A part of a recipe in one line, as one would write it."
     if isinstance(x, partial):
@@ -125,6 +151,9 @@ def _spelled(x):
                    if f.name in ('batch_size', 'lr', 'weight_decay') or getattr(x, f.name) != f.default}
         return f"Budget({', '.join(f'{k}={v!r}' for k, v in options.items())})"
     if isinstance(x, Splits): return 'data sets as given'
+    if isinstance(x, Start):
+        methods = ', '.join(f'{here}: {there}' for here, there in x.methods.items()) or 'all: none'
+        return f'{x.part} of {x.recipe.name} in {x.onto} ({methods})'
     if isinstance(x, Term): return f'{x.weight:.4g} {type(x.loss).__name__}({x.loss.extra_repr()}) at {x.at}'
     if isinstance(x, nn.Module): return type(x).__name__
     return getattr(x, '__name__', None) or str(x)
@@ -138,7 +167,7 @@ def _with_defaults(f):
 
 def _page(recipe):
     "The two tables of a recipe."
-    parts = 'task', 'data', 'teacher', 'teacher_budget', 'teacher_weights', 'student', 'budget', 'size'
+    parts = 'task', 'data', 'teacher', 'teacher_budget', 'teacher_weights', 'student', 'budget', 'start', 'size'
     values = {part: getattr(recipe, part) for part in parts} | {'data': _with_defaults(recipe.data)}
     shown = [{f'recipe {recipe.name}': part, 'is': _spelled(value)} for part, value in values.items()
              if value is not None]
@@ -174,9 +203,9 @@ def _describe_function(x):
     code = x.__code__.co_code + repr((x.__code__.co_names, _printed(x.__code__.co_consts))).encode()
     return f'{name} {hashlib.sha256(code).hexdigest()[:12]}'
 
-# %% ../nbs/training/09_recipes.ipynb #4f2b5808
+# %% ../nbs/training/09_recipes.ipynb #900fb8d8
 _SAME = 'about', 'workers', 'eval_batch'         # parts that change no result
-_LATER = ('task_weights', 'milestones',          # told if on: folders of before still fit
+_LATER = ('task_weights', 'milestones', 'start', # told if on: folders of before still fit
           'channels_last', 'compile', 'sync_batchnorm')
 
 def describe(

@@ -35,17 +35,15 @@ def table_html(
     body = ''.join('<tr>' + ''.join(f'<td>{show(v)}</td>' for v in row.values()) + '</tr>' for row in rows)
     return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
-# %% ../nbs/training/10_report.ipynb #0c22ad3f
+# %% ../nbs/training/10_report.ipynb #77031150
 def by_class(
-    results: dict,           # as written by a comparison
-    *,
-    prefix: str = 'iou/',    # of the per-class metrics
-) -> list:                   # rows {class, teacher, none, ...}
+    results: dict,     # as written by a comparison; scores called 'iou/car' or 'map/car' are those of a class
+) -> list:             # rows {class, teacher, none, ...}
     "Per-class scores of the teacher and of every method, mean over seeds."
     mean = lambda values: sum(values) / len(values) if values and None not in values else None
     methods = list(dict.fromkeys(r['method'] for r in results['runs']))
-    keys = [k for k in results['teacher']['metrics'] if k.startswith(prefix)]
-    return [{'class': k[len(prefix):], 'teacher': results['teacher']['metrics'][k],
+    keys = [k for k in results['teacher']['metrics'] if '/' in k]
+    return [{'class': k.partition('/')[2], 'teacher': results['teacher']['metrics'][k],
              **{m: mean([r['metrics'][k] for r in results['runs'] if r['method'] == m]) for m in methods}} for k in keys]
 
 # %% ../nbs/training/10_report.ipynb #7e5091da

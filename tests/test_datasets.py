@@ -1,5 +1,6 @@
-"""kdnotes.data.datasets: files of every kind of wrongness, transforms, order; and the real CamVid when it is there."""
+"""kdnotes.data.datasets: files of every kind of wrongness, transforms, order; and the real sets that are there."""
 import io, json, os, pickle, struct, time, zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from kdnotes.data import datasets as D
 
 settings.register_profile('kdnotes', deadline=None, derandomize=True)
 settings.load_profile('kdnotes')
-real = pytest.mark.skipif(not os.environ.get('KDNOTES_DATA'), reason='set KDNOTES_DATA to the folder that contains camvid/')
+def real_set(folder):
+    "Run only where KDNOTES_DATA has this folder."
+    there = os.environ.get('KDNOTES_DATA') and (Path(os.environ['KDNOTES_DATA']) / folder).is_dir()
+    return pytest.mark.skipif(not there, reason=f'set KDNOTES_DATA to the folder that contains {folder}/')
+
+
+real = real_set('camvid')
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')     # Pillow comments on broken metadata
 
 
@@ -395,6 +402,50 @@ def coco(root, annotations=None, categories=None, images=None):
     return root
 
 
+def seven_scenes(root):
+    (nyu(root) / 'nyu').rename(root / 'rgbd-7scenes')
+    return root
+
+
+def thing(name='car', difficult='<difficult>0</difficult>', box=(2, 3, 9, 8), extra=''):
+    corners = ''.join(f'<{side}>{v}</{side}>' for side, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
+    return f'<object><name>{name}</name>{difficult}<bndbox>{corners}</bndbox>{extra}</object>'
+
+
+SIZE = '<size><width>17</width><height>12</height><depth>3</depth></size>'
+HARD = '<difficult>1</difficult>'
+
+
+def voc07(root, content=None, place='voc/VOCdevkit/VOC2007'):
+    "000005 with two things and a difficult one, 000007 with none; or one content (bytes) for 000005."
+    if content is None: content = f'<annotation>{SIZE}{thing()}{thing("sofa", HARD)}{thing("person", "", (1, 1, 17, 12))}</annotation>'
+    for name, text in (('000005', content), ('000007', f'<annotation>{SIZE}</annotation>')):
+        save(root / place / f'JPEGImages/{name}.jpg', picture(int(name)))
+        (root / place / 'Annotations').mkdir(exist_ok=True)
+        (root / place / f'Annotations/{name}.xml').write_bytes(text if isinstance(text, bytes) else text.encode())
+    for split in ('trainval', 'test'): name_list(root / place / f'ImageSets/Main/{split}.txt', '000005', '000007')
+    return root
+
+
+def bccd(root, content=None, **change):
+    first = dict(file='images/train/a.jpg', width=17, height=12, boxes=[[1, 2, 4.5, 6], [-2, 5, 30, 10], [3, 3, 3, 9]], labels=[2, 0, 1]) | change
+    second = dict(file='images/train/b.jpg', width=17, height=12, boxes=[], labels=[])
+    for i, name in enumerate('ab'): save(root / f'bccd/images/train/{name}.jpg', picture(i))
+    if content is None: content = json.dumps(dict(classes=['RBC', 'WBC', 'Platelets'], images=[first, second]))
+    for split in ('train', 'val'): (root / f'bccd/{split}.json').write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def cifar10(root, n=4, side=32, **change):
+    parts = [np.frombuffer(encoded(picture(i, side, side), 'JPEG'), np.uint8) for i in range(n)]
+    arrays = dict(jpeg=np.concatenate(parts), offsets=np.cumsum([0, *map(len, parts)]), labels=np.array([0, 9, 5, 7], np.int16),
+                  classes=np.array([f'n{i}' for i in range(10)]))
+    (root / 'cifar10-jpeg').mkdir(exist_ok=True)
+    for split in ('train', 'val'):
+        np.savez(root / f'cifar10-jpeg/{split}.npz', **{k: v for k, v in (arrays | change).items() if v is not None})
+    return root
+
+
 def cifar(root, rows=None, labels=None, names=None, protocol=2):
     place = root / 'cifar100/cifar-100-python'
     place.mkdir(parents=True, exist_ok=True)
@@ -413,6 +464,7 @@ def image_folder(root, splits=('train', 'val')):
 
 
 ALL = dict(VOC=voc, PascalContext=context, ADE20K=ade, NYUDepth=nyu, CocoDetection=coco, CIFAR100=cifar, ImageFolder=image_folder,
+           SevenScenes=seven_scenes, VOCDetection=voc07, BCCD=bccd, CIFAR10JPEG=cifar10,
            Cityscapes=lambda root: cityscapes(cityscapes(root), 'val'))
 
 
@@ -433,19 +485,19 @@ def test_every_set_keeps_the_common_contract(tmp_path, monkeypatch, name):
         if dataset.task != 'depth': assert dataset.num_classes == len(dataset.classes) == len(set(dataset.classes))
         kept = D.InMemory(pickle.loads(pickle.dumps(dataset)))
         assert equal(kept[0]['image'], sample['image'])
-    with pytest.raises(ValueError, match="split must be train.* or val, got 'test'"): make(name, tmp_path, split='test')
+    with pytest.raises(ValueError, match="split must be train.* or (val|test), got 'best'"): make(name, tmp_path, split='best')
     with pytest.raises(ValueError, match=f'give it Augmented.*{name}'): D.train_loader(dataset, 2, steps=1)
     monkeypatch.setenv('KDNOTES_DATA', str(tmp_path))
-    assert len(make(name, None, split='val')) >= 1
+    assert len(make(name, None, split=dataset.splits[-1])) >= 1
     (tmp_path / 'nothing').mkdir()
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / 'nothing')): make(name, tmp_path / 'nothing', split='train')
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / 'nothing')): make(name, tmp_path / 'nothing')
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_every_set_trains_and_is_scored(tmp_path, name):
     ALL[name](tmp_path)
-    dataset = make(name, tmp_path, split='train')
-    for transform in (D.train_transform(crop=16), D.cifar_transform(size=10), D.imagenet_transform(size=8)):
+    dataset = make(name, tmp_path)
+    for transform in (D.train_transform(crop=16), D.cifar_transform(size=10), D.imagenet_transform(size=8))[:2 if dataset.task == 'depth' else 3]:
         out = D.Augmented(dataset, transform)[3, 0]
         assert all(type(v) in (torch.Tensor, int) for v in out.values()) and out['image'].dtype == torch.float32
         for key in ('mask', 'depth'):
@@ -541,7 +593,7 @@ def test_ade20k(tmp_path):
 
 def test_nyu_depth(tmp_path):
     depth = D.NYUDepth(nyu(tmp_path), split='val')[0]['depth']
-    assert type(depth) is D.Depth and depth.dtype == torch.float32 and depth.shape == (12, 17)
+    assert type(depth) is D.DepthMap and depth.dtype == torch.float32 and depth.shape == (12, 17)
     assert depth[0, 0] == 0 and depth[0, 3] == torch.tensor(.15) and depth.max() == torch.tensor(10.15)
     place = tmp_path / 'nyu/train'
     for array, rule in ((np.zeros((12, 17), np.uint8), 'expected one channel of 16 bits .millimetres., got mode L'),
@@ -631,7 +683,174 @@ def test_boxes_are_those_of_a_loop(tmp_path_factory, boxes):
         assert sample['boxes'].tolist() == expected and len(sample['labels']) == len(expected)
 
 
+def test_voc07(tmp_path):
+    full, empty = D.VOCDetection(voc07(tmp_path))
+    assert full['boxes'].tolist() == [[1, 2, 9, 8], [0, 0, 17, 12]] and type(full['boxes']) is tv_tensors.BoundingBoxes
+    assert [D.VOC_CLASSES[1:][i] for i in full['labels']] == ['car', 'person'] and full['image_id'] == 0                  # the sofa is difficult
+    assert empty['boxes'].shape == (0, 4) and empty['labels'].dtype == torch.int64
+    dataset = D.VOCDetection(tmp_path, split='test')
+    assert dataset.classes == D.VOC_CLASSES[1:] and dataset.num_classes == 20 and dataset.classes[14] == 'person'
+    (tmp_path / 'voc/VOCdevkit/VOC2007').rename(tmp_path / 'voc/VOC2007')
+    assert len(D.VOCDetection(tmp_path)) == 2
+    with pytest.raises(FileNotFoundError, match='voc: expected the folder VOCdevkit/VOC2007 or VOC2007 here'): D.VOCDetection(tmp_path / 'voc/..' / 'voc')
+
+
+@pytest.mark.parametrize('inside,expected', [
+    (thing(box=(1.4, 2, 3, 4.5)), [[.4, 1, 3, 4.5]]), (thing(box=(-3, 0, 40, 40)), [[0, 0, 17, 12]]), (thing(box=(5, 5, 5, 5)), [[4, 4, 5, 5]]),
+    (thing(extra='<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>'), [[1, 2, 9, 8]]), (thing(difficult=HARD), []),
+    (f'<!-- a comment -->{thing(" car ")}<segmented>1</segmented>', [[1, 2, 9, 8]]), (thing(box=(9, 5, 8, 9)), [])])
+def test_objects_of_voc(tmp_path, inside, expected):
+    boxes = D.VOCDetection(voc07(tmp_path, f'<annotation>{SIZE}{inside}</annotation>'))[0]['boxes']
+    torch.testing.assert_close(torch.Tensor(boxes), torch.tensor(expected).reshape(-1, 4).float())
+
+
+NOT_VOC = "not boxes in VOC's form"
+
+@pytest.mark.parametrize('content,rule', [
+    (b'', NOT_VOC), (b'<annotation>', NOT_VOC), (b'{}', NOT_VOC), (b'\xff\xfe<\0a\0', NOT_VOC), (b'<annotation></annotation>', NOT_VOC), (b'\x89PNG', NOT_VOC),
+    (f'<a>{SIZE}{thing("cat", "<difficult>2</difficult>")}</a>', NOT_VOC), (f'<a>{SIZE}{thing("cat", "<difficult/>")}</a>', NOT_VOC),
+    (f'<a>{SIZE}{thing("tree")}</a>', 'its category_id is none of the categories: .*"tree"'), (f'<a>{SIZE}<object/></a>', NOT_VOC),
+    (f'<a>{SIZE}{thing(box=("x", 1, 2, 3))}</a>', NOT_VOC), (f'<a>{SIZE}{thing(box=("nan", 1, 2, 3))}</a>', 'bbox must be'),
+    (f'<a>{SIZE}{thing(box=(1, 1, "inf", 3))}</a>', 'bbox must be'), (f'<a>{SIZE}{thing(box=(9, 1, 5, 3))}</a>', 'bbox must be'),
+    (f'<a>{SIZE}{thing(box=(1, 1, "1e999", 3))}</a>', 'bbox must be'),
+    (f'<a>{SIZE}{thing(box=(90, 1, 99, 3))}</a>', 'the box lies outside its image'), (f'<a>{SIZE}{thing(box=(1, 2, 3))}</a>', NOT_VOC),
+    (SIZE, NOT_VOC), ('<a><size><width>0</width><height>12</height></size></a>', 'its size cannot be 12 x 0'),
+    (f'<a><size><width>17</width><height>{"9" * 30}</height></size></a>', 'its size cannot be 9'),
+    ('<a><size><width>17</width><height>13</height></size></a>', r'expected \(12, 17\) .*000005.jpg, got \(13, 17\)'),
+    (b'<' + b'a><' * 100_000, NOT_VOC), (b'<a>' * 100_000 + b'</a>' * 100_000, NOT_VOC)])
+def test_wrong_annotations_are_named(tmp_path, content, rule):
+    with pytest.raises(ValueError, match=f'000005.xml: (image 0: )?{rule}'): D.VOCDetection(voc07(tmp_path, content))[0]
+
+
+DOCTYPE = '<!DOCTYPE a [<!ENTITY e "car">]>'
+HEAD = '<?xml version="1.0" encoding="{}"?>'
+
+@pytest.mark.parametrize('content', [
+    f'{DOCTYPE}<a>{SIZE}{thing("&e;")}</a>', f'{DOCTYPE}<a>{SIZE}</a>', f'\ufeff{DOCTYPE}<a>{SIZE}</a>',
+    f'<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/hostname">]><a>{SIZE}{thing("&e;")}</a>', f'<!DOCTYPE a SYSTEM "x.dtd"><a>{SIZE}</a>',
+    f'{HEAD.format("utf-16")}{DOCTYPE}<a>{SIZE}</a>'.encode('utf-16'), f'{HEAD.format("utf-16-be")}{DOCTYPE}<a>{SIZE}</a>'.encode('utf-16-be'),
+    f'{HEAD.format("utf-7")}+ADwAIQ-DOCTYPE a [+ADwAIQ-ENTITY e "car">]><a>{SIZE}</a>', f'{DOCTYPE.lower()}<a>{SIZE}</a>', f'<a>{SIZE}&e;</a>',
+    '<!DOCTYPE a [<!ENTITY a "x">' + ''.join(f'<!ENTITY {b} "{f"&{a};" * 20}">' for a, b in zip('abcdefg', 'bcdefgh')) + f']><a>{SIZE}{thing("&h;")}</a>'])
+def test_no_entity_is_ever_expanded(tmp_path, content):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=f'000005.xml: {NOT_VOC}'): D.VOCDetection(voc07(tmp_path, content))
+    assert time.perf_counter() - start < 1
+
+
+def test_the_declared_encoding_is_not_obeyed(tmp_path):
+    content = f'{HEAD.format("utf-7")}<annotation>{SIZE}{thing()}<source>+ADw-</source></annotation>'
+    assert len(D.VOCDetection(voc07(tmp_path, content))[0]['boxes']) == 1
+
+
+@given(st.text(alphabet='<>/&;!- annotationszewidthg0127', max_size=80))
+@settings(max_examples=100)
+def test_random_annotations_are_refused(tmp_path_factory, inside):
+    root = voc07(tmp_path_factory.getbasetemp() / 'voc_fuzz', f'<annotation>{inside}</annotation>')
+    with pytest.raises(ValueError, match='000005.xml: '): D.VOCDetection(root)
+
+
+def test_lists_of_voc07(tmp_path):
+    place = voc07(tmp_path) / 'voc/VOCdevkit/VOC2007'
+    name_list(place / 'ImageSets/Main/trainval.txt', '000007')
+    assert [len(s['boxes']) for s in D.VOCDetection(tmp_path)] == [0]
+    name_list(place / 'ImageSets/Main/trainval.txt', '000005 1')
+    with pytest.raises(ValueError, match='trainval.txt: expected one plain name'): D.VOCDetection(tmp_path)
+    (place / 'Annotations/000007.xml').unlink()
+    with pytest.raises(FileNotFoundError, match='1 files that .*test.txt names do not exist: .*Annotations/000007.xml'): D.VOCDetection(tmp_path, split='test')
+
+
+def test_bccd(tmp_path):
+    full, empty = D.BCCD(bccd(tmp_path), split='val')
+    assert full['boxes'].tolist() == [[1, 2, 4.5, 6], [0, 5, 17, 10]] and full['labels'].tolist() == [2, 0]
+    assert empty['boxes'].shape == (0, 4) and empty['image_id'] == 1 and D.BCCD(tmp_path).classes == ('RBC', 'WBC', 'Platelets')
+    (tmp_path / 'bccd/train.json').unlink()
+    with pytest.raises(FileNotFoundError, match='train.json: the file of boxes does not exist'): D.BCCD(tmp_path)
+
+
+NOT_BCCD = "not boxes in BCCD's form"
+
+@pytest.mark.parametrize('change,rule', [
+    (dict(labels=[3, 0, 0]), 'its category_id is none of the categories'), (dict(labels=[-1, 0, 0]), 'its category_id is none'),
+    (dict(labels=['RBC', 0, 0]), 'its category_id is none'), (dict(labels=[[0], 0, 0]), NOT_BCCD), (dict(labels=[0, 0]), NOT_BCCD),
+    (dict(labels=None), NOT_BCCD), (dict(boxes=None), NOT_BCCD), (dict(boxes=[[1, 2, 3]] * 3), NOT_BCCD), (dict(boxes='abc'), NOT_BCCD),
+    (dict(boxes=[[4, 2, 1, 6]] * 3), 'bbox must be x0, y0, x1, y1'), (dict(boxes=[[float('nan'), 2, 1, 6]] * 3), 'bbox must be'),
+    (dict(boxes=[[20, 2, 30, 6]] * 3), 'the box lies outside its image'), (dict(width=0), 'image 0: its size cannot be 12 x 0'),
+    (dict(width=10 ** 40), 'its size cannot be'), (dict(width='wide'), NOT_BCCD), (dict(width=18), r'expected \(12, 17\) .*a.jpg, got \(12, 18\)'),
+    (dict(file='../a.jpg'), "'../a.jpg' would lie outside"), (dict(file='/etc/hostname'), "'/etc/hostname' would lie outside")])
+def test_wrong_bccd_files(tmp_path, change, rule):
+    with pytest.raises(ValueError, match=f'train.json: (image 0: )?{rule}'): D.BCCD(bccd(tmp_path, **change))[0]
+
+
+@pytest.mark.parametrize('content', ['', '[]', 'null', '{"classes": ["RBC", "WBC", "Platelets"], "images": []}', '{"classes": ["a"], "images": []}', '{"images": []}',
+                                     '{"classes": ["RBC", "WBC", "Platelets"], "images": [3]}', '[' * 100_000, b'\xff\xfe'])
+def test_files_that_are_no_bccd_file(tmp_path, content):
+    with pytest.raises(ValueError, match=f'train.json: {NOT_BCCD}'): D.BCCD(bccd(tmp_path, content))
+    with pytest.raises(FileNotFoundError, match='1 images that .*train.json names do not exist: .*c.jpg'): D.BCCD(bccd(tmp_path, file='images/train/c.jpg'))
+
+
+@pytest.mark.parametrize('change', [dict(image_id=[9]), dict(category_id={}), dict(image_id=None)])
+def test_annotations_that_cannot_be_looked_up(tmp_path, change):
+    with pytest.raises(ValueError, match='instances_train2017.json: '): D.CocoDetection(coco(tmp_path, [ONE | change]))
+    lacking = {k: v for k, v in ONE.items() if k not in change}
+    with pytest.raises(ValueError, match="instances_train2017.json: not boxes in COCO's form .KeyError"): D.CocoDetection(coco(tmp_path, [lacking]))
+
+
 # ---- classes
+
+def test_cifar10_jpeg(tmp_path):
+    dataset = D.CIFAR10JPEG(cifar10(tmp_path), split='val')
+    assert len(dataset) == 4 and dataset.num_classes == 10 and dataset.classes[9] == 'n9'
+    assert [s['label'] for s in dataset] == [0, 9, 5, 7] and type(dataset[1]['label']) is int
+    for i, sample in enumerate(dataset):
+        assert equal(sample['image'].permute(1, 2, 0), np.array(Image.open(io.BytesIO(encoded(picture(i, 32, 32), 'JPEG')))))
+    assert equal(dataset[-1]['image'], dataset[3]['image'])
+    with pytest.raises(IndexError): dataset[4]
+
+
+ENDS = np.cumsum([0] + [len(encoded(picture(i, 32, 32), 'JPEG')) for i in range(4)])
+
+@pytest.mark.parametrize('change,rule', [
+    (dict(jpeg=None), 'not an archive of plain arrays'), (dict(classes=None), 'not an archive'), (dict(labels=np.array([object()] * 4)), 'not an archive.*allow_pickle'),
+    (dict(jpeg=np.zeros(9)), 'expected jpeg to be bytes'), (dict(jpeg=np.zeros((3, 3), np.uint8)), 'expected jpeg to be bytes'),
+    (dict(labels=np.array([0, 1, 2, 10])), 'expected labels in 0..9'), (dict(labels=np.array([0, 1, 2, -1])), 'expected labels in 0..9'),
+    (dict(labels=np.array([0, 1, 2, 3.])), 'expected labels in 0..9'), (dict(labels=np.array([], int)), 'expected labels in 0..9'), (dict(labels=np.array(3)), 'expected labels'),
+    (dict(labels=np.array([0, 1, 2])), 'expected offsets to rise from 0'), (dict(offsets=ENDS + 1), 'expected offsets'), (dict(offsets=ENDS * 1.), 'expected offsets'),
+    (dict(offsets=ENDS[[0, 2, 1, 3, 4]]), 'expected offsets'), (dict(offsets=ENDS[[0, 1, 1, 3, 4]]), 'expected offsets'), (dict(offsets=np.array(0)), 'expected offsets'),
+    (dict(offsets=ENDS[[0, 2, 1, 3, 4]].astype(np.uint64)), 'expected offsets'), (dict(classes=np.arange(10)), 'expected 10 names'),
+    (dict(classes=np.array(['a'] * 10)), 'expected 10 names'), (dict(classes=np.array(['a', 'b'])), 'expected 10 names')])
+def test_wrong_archives(tmp_path, change, rule):
+    with pytest.raises(ValueError, match=f'train.npz: {rule}'): D.CIFAR10JPEG(cifar10(tmp_path, **change))
+
+
+def test_pictures_inside_an_archive_are_guarded(tmp_path):
+    with pytest.raises(ValueError, match=r'train.npz: picture 0: expected 32 x 32, got \(16, 16\)'): D.CIFAR10JPEG(cifar10(tmp_path, side=16))[0]
+    data = encoded(picture(0, 32, 32), 'JPEG')
+    for other in (data[:len(data) // 2], b'%!PS-Adobe-3.0', encoded(labels(), 'GIF'), b'x'):
+        bytes_ = np.frombuffer(other + data, np.uint8)
+        dataset = D.CIFAR10JPEG(cifar10(tmp_path, jpeg=bytes_, offsets=np.array([0, len(other), len(bytes_)]), labels=np.array([1, 2])))
+        assert dataset[1]['label'] == 2 and dataset[1]['image'].shape == (3, 32, 32)
+        with pytest.raises(ValueError, match='train.npz: picture 0: not a readable image'): dataset[0]
+
+
+def test_an_archive_never_runs_anything(tmp_path):
+    file, witness = cifar10(tmp_path) / 'cifar10-jpeg/train.npz', tmp_path / 'witness'
+    evil = np.array([Evil(os.mkdir, str(witness))] * 10, object)
+    with pytest.raises(ValueError, match='train.npz: not an archive'): D.CIFAR10JPEG(cifar10(tmp_path, classes=evil))
+    for content in (pickle.dumps(Evil(os.mkdir, str(witness))), b'', b'PK', b'PK\x03\x04' + b'x' * 40, b'\x93NUMPY\x01\0'):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match='train.npz: not an archive'): D.CIFAR10JPEG(tmp_path)
+    np.save(file.with_suffix('.npy'), np.zeros(3)); file.with_suffix('.npy').rename(file)
+    with pytest.raises(ValueError, match='train.npz: not an archive'): D.CIFAR10JPEG(tmp_path)
+    assert not witness.exists()
+
+
+def test_an_archive_cut_anywhere_is_refused(tmp_path):
+    file = cifar10(tmp_path) / 'cifar10-jpeg/train.npz'
+    data = file.read_bytes()
+    for n in range(0, len(data), 101):
+        file.write_bytes(data[:n])
+        with pytest.raises(ValueError, match='train.npz: not an archive'): D.CIFAR10JPEG(tmp_path)
+
 
 @pytest.mark.parametrize('protocol', [0, 1, 2, 3, 4])
 def test_cifar100(tmp_path, protocol):
@@ -747,9 +966,11 @@ def test_draws_of_classification_have_an_address(tmp_path, transform):
        low=st.floats(0.2, 1.5), more=st.floats(0, 1), seed=st.integers(0, 2 ** 31))
 @settings(max_examples=150)
 def test_training_samples_have_one_form(height, width, crop, low, more, seed):
+    n = crop[0]                                                        # as many boxes as rows, so that none is taken for the other
     sample = dict(image=torch.from_numpy(picture(0, height, width)).permute(2, 0, 1),
-                  mask=torch.from_numpy(labels(0, height, width)),
-                  depth=torch.full((height, width), 3.5), boxes=torch.tensor([[0., 0., width, height]]), scene=1)
+                  mask=torch.from_numpy(labels(0, height, width)), depth=torch.full((height, width), 3.5),
+                  boxes=torch.rand(n, 2).repeat(1, 2) * torch.tensor([0, 0, width, height]), labels=torch.arange(n),
+                  box_labels=torch.arange(n) + 7, scene=1)
     torch.manual_seed(seed)
     out = D.train_transform(crop=crop, scale=(low, low + more))(sample)
     assert all(type(v) is torch.Tensor for k, v in out.items() if k != 'scene') and out['scene'] == 1
@@ -757,9 +978,135 @@ def test_training_samples_have_one_form(height, width, crop, low, more, seed):
     assert out['mask'].shape == crop and out['mask'].dtype == torch.int64
     assert set(out['mask'].unique().tolist()) <= {0, 1, 2, 3, 255}
     assert out['depth'].shape == crop and out['depth'].dtype == torch.float32
-    assert set(out['depth'].unique().tolist()) <= {0.0, 3.5}
-    x0, y0, x1, y1 = out['boxes'][0].tolist()
-    assert 0 <= x0 <= x1 <= crop[1] and 0 <= y0 <= y1 <= crop[0]
+    metres = [v for v in out['depth'].unique().tolist() if v]
+    assert len(metres) <= 1 and all(3.5 / (low + more) - 1e-5 <= v <= 3.5 / low + 1e-5 for v in metres)
+    boxes = out['boxes']
+    assert boxes.dtype == torch.float32 and boxes.shape == (len(out['labels']), 4) and equal(out['box_labels'], out['labels'] + 7)
+    assert (boxes >= 0).all() and (boxes[:, 0::2] <= crop[1]).all() and (boxes[:, 1::2] <= crop[0]).all()
+    assert (boxes[:, 2:] - boxes[:, :2] >= 2).all() and (out['labels'].diff() > 0).all()
+
+
+@pytest.mark.parametrize('factor', [.5, .8, 1., 1.7, 2.])
+def test_depth_is_divided_by_the_zoom_and_what_is_unknown_stays_so(factor):
+    metres = torch.rand(20, 30) * 9 + 1
+    metres[:4] = 0
+    sample = dict(image=torch.zeros(3, 20, 30, dtype=torch.uint8), depth=metres, mask=torch.arange(600).reshape(20, 30))
+    out = D.RandomScale(factor, factor)(D.typed(sample))
+    assert type(out['depth']) is D.DepthMap and equal(out['depth'] * factor != 0, metres.flatten()[out['mask']] != 0)
+    torch.testing.assert_close(torch.Tensor(out['depth']), metres.flatten()[out['mask']] / factor)       # the mask says which pixel it was
+    for transform in (D.eval_transform(), D.cifar_transform(size=20, padding=0)):                          # no zoom, nothing divided
+        assert {float(v) for v in transform(sample)['depth'].flatten()} <= {float(v) for v in metres.flatten()}
+    with pytest.raises(ValueError, match='imagenet_transform stretches'): D.imagenet_transform()(sample)
+
+
+def test_a_zoom_is_drawn_once_for_all():
+    sample = dict(image=torch.zeros(3, 40, 40, dtype=torch.uint8), depth=torch.full((40, 40), 8.), boxes=torch.tensor([[0., 0, 40, 40]]), labels=[0])
+    seen = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        out = D.RandomScale(.5, 2.)(D.typed(sample))
+        zoom = 8 / float(out['depth'][0, 0])
+        assert abs(zoom * 40 - out['image'].shape[-1]) <= .5 + 1e-4 and out['boxes'][0, 2:].tolist() == [out['image'].shape[-1]] * 2
+        seen.add(round(zoom, 5))
+    assert len(seen) == 30 and min(seen) >= .5 and max(seen) <= 2
+
+
+BOXES = torch.tensor([[0., 0, 20, 20], [0, 0, 9, 20], [6, 6, 14, 14], [14.5, 2, 18, 6], [0, 0, 4.9, 20], [13, 13, 20, 20], [8, 8, 9, 9]])
+
+def test_boxes_at_the_border():
+    sample = dict(image=torch.zeros(3, 20, 20, dtype=torch.uint8), boxes=BOXES, labels=torch.arange(7), box_labels=torch.arange(7) * 2)
+    for least, kept in ((1, [0, 1, 2, 3, 5, 6]), (2, [0, 1, 2, 5]), (5, [0, 2])):
+        crop = D._tidy_boxes(least)(v2_crop(D.typed(sample), 5, 5, 10, 10))
+        expected = (BOXES - 5).clamp(0, 10)[kept]
+        keep = (expected[:, 2:] - expected[:, :2]).amin(1) >= least
+        assert crop['labels'].tolist() == [k for k, is_in in zip(kept, keep.tolist()) if is_in] and equal(crop['box_labels'], crop['labels'] * 2)
+        assert equal(torch.Tensor(crop['boxes']), expected[keep]) and crop['boxes'].canvas_size == (10, 10)
+    for wrong in (0, -1, float('nan')):
+        with pytest.raises(ValueError, match='smallest_box must be at least 1 pixel'): D.train_transform(crop=4, smallest_box=wrong)
+    assert len(D.train_transform(crop=20, scale=(1, 1), smallest_box=9)(sample)['boxes']) == 2
+    over = D.typed(sample | dict(boxes=torch.tensor([[-5., 3, 25, 9], [18.5, 0, 30, 9], [25, 0, 30, 9]]), labels=[3, 4, 5], box_labels=[6, 8, 10]))
+    assert D._tidy_boxes(2)(over)['boxes'].tolist() == [[0, 3, 20, 9]] and D._tidy_boxes(2)(over)['labels'].tolist() == [3]
+
+
+def v2_crop(sample, *window):
+    from torchvision.transforms import v2
+    return {k: v2.functional.crop(v, *window) if isinstance(v, tv_tensors.TVTensor) else v for k, v in sample.items()}
+
+
+@pytest.mark.parametrize('none', [torch.zeros(0, 4), torch.zeros(0), [], torch.zeros(0, 4, dtype=torch.int64)])
+def test_an_image_without_boxes_works_everywhere(none):
+    sample = dict(image=torch.zeros(3, 40, 40, dtype=torch.uint8), boxes=none, labels=[])
+    for transform in (D.train_transform(crop=16), D.cifar_transform(size=40), D.imagenet_transform(size=8), D.eval_transform(),
+                      D.imagenet_eval_transform(resize=20, size=16)):
+        out = transform(sample)
+        assert out['boxes'].shape == (0, 4) and out['boxes'].dtype == torch.float32 and out['labels'].shape == (0,) and out['labels'].dtype == torch.int64
+    batch = D.collate([out, out])
+    assert batch['boxes'].shape == (2, 0, 4) and batch['labels'].shape == (2, 0) and batch['labels'].dtype == torch.int64
+    assert D.Resized([sample], 8)[0]['boxes'].shape == (0, 4)
+
+
+@pytest.mark.parametrize('change,rule', [
+    (dict(boxes=torch.zeros(4, 5)), r'boxes must be \(N,4\), got \(4, 5\)'), (dict(boxes=torch.zeros(4)), r'boxes must be \(N,4\), got \(4,\)'),
+    (dict(labels=torch.zeros(3)), r'2 boxes, but labels of shape \(3,\)'), (dict(box_labels=[1]), r'2 boxes, but box_labels of shape \(1,\)'),
+    (dict(labels=torch.zeros(2, 1)), r'labels of shape \(2, 1\)')])
+def test_lists_that_do_not_fit_are_refused(change, rule):
+    sample = dict(image=torch.zeros(3, 8, 8, dtype=torch.uint8), boxes=torch.zeros(2, 4), labels=torch.zeros(2)) | change
+    with pytest.raises(ValueError, match=rule): D.eval_transform()(sample)
+
+
+def test_resized(tmp_path):
+    sample = dict(image=torch.from_numpy(picture(0, 12, 16)).permute(2, 0, 1), mask=torch.arange(192).reshape(12, 16),
+                  depth=torch.arange(192.).reshape(12, 16), boxes=torch.tensor([[4, 2, 16, 12]]), labels=[3], scene='x')
+    small = D.Resized([sample], (6, 4))
+    out = small[-1]
+    assert len(small) == 1 and out['image'].shape == (3, 6, 4) and out['image'].dtype == torch.uint8 and out['scene'] == 'x'
+    assert equal(out['mask'], sample['mask'][::2, ::4]) and equal(torch.Tensor(out['depth']), sample['depth'][::2, ::4])
+    assert out['boxes'].tolist() == [[1, 1, 4, 6]] and out['labels'].tolist() == [3]
+    assert D.Resized([sample], 5)[0]['mask'].shape == (5, 5)
+    with pytest.raises(IndexError): small[1]
+    for wrong in (0, (3, 0), (1, 2, 3)):
+        with pytest.raises(ValueError, match='size must be a side'): D.Resized([sample], wrong)
+    for raw in (small, D.InMemory(small)):
+        with pytest.raises(ValueError, match='give it Augmented'): D.train_loader(raw, 1, steps=1)
+    kept = D.InMemory(pickle.loads(pickle.dumps(small)))
+    assert kept[0] is kept[0] and equal(kept[0]['image'], out['image'])
+
+
+# ---- batches of unequal lists
+
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_collate_fills_up(counts, seed):
+    torch.manual_seed(seed)
+    samples = [dict(image=torch.zeros(3, 4, 5), boxes=torch.rand(n, 4), labels=torch.randint(9, (n,)), image_id=i, teacher=dict(at=torch.ones(2) * i))
+               for i, n in enumerate(counts)]
+    batch, most = D.collate(samples), max(counts)
+    assert batch['boxes'].shape == (len(counts), most, 4) and batch['boxes'].dtype == torch.float32
+    assert batch['labels'].shape == (len(counts), most) and batch['labels'].dtype == torch.int64
+    for i, (n, sample) in enumerate(zip(counts, samples)):
+        assert equal(batch['boxes'][i, :n], sample['boxes']) and not batch['boxes'][i, n:].any()
+        assert equal(batch['labels'][i, :n], sample['labels']) and (batch['labels'][i, n:] == -1).all()
+    assert batch['image_id'].tolist() == list(range(len(counts))) and batch['teacher']['at'][:, 1].tolist() == list(range(len(counts)))
+    assert set(batch) == set(samples[0]) and len(samples[0]['boxes']) == counts[0]                         # the samples are as they were
+
+
+def test_collate_is_torchs_for_all_else():
+    samples = [dict(image=torch.ones(3, 2, 2), label=3, labels=torch.tensor([1, 0]), depth=torch.ones(2, 2)) for _ in range(2)]
+    batch, torchs = D.collate(samples), torch.utils.data.default_collate(samples)
+    assert set(batch) == set(torchs) and all(equal(batch[k], torchs[k]) for k in batch)
+    with pytest.raises(ValueError, match=r'one size, got \[\(2, 2\), \(2, 3\)\]: .*Resized'):
+        D.collate([samples[0], samples[0] | {'image': torch.ones(3, 2, 3)}])
+
+
+@pytest.mark.parametrize('name', ['CocoDetection', 'VOCDetection', 'BCCD'])
+def test_boxes_in_both_loaders(tmp_path, name):
+    dataset = make(name, ALL[name](tmp_path))
+    train = D.Augmented(dataset, D.train_transform(crop=(10, 14), scale=(.9, 1.2)), seed=1)
+    runs = [list(D.train_loader(train, 4, steps=4, workers=w)) for w in (0, 2)]
+    for a, b in zip(*runs, strict=True):
+        assert all(equal(a[k], b[k]) for k in ('image', 'boxes', 'labels', 'image_id')) and a['boxes'].shape[:2] == a['labels'].shape
+        assert ((a['labels'] >= 0) == (a['boxes'].sum(2) > 0)).all()
+    batch, = D.eval_loader(D.Augmented(dataset, D.eval_transform()), batch_size=2)
+    assert sorted((batch['labels'] >= 0).sum(1).tolist()) == [0, 2]
 
 
 def test_padding_is_ignored_and_outside_the_mask_nothing_is():
@@ -955,3 +1302,52 @@ def test_real_camvid_batches():
     zero, two = (list(D.train_loader(train, 4, steps=2, workers=w)) for w in (0, 2))
     assert all(equal(a['image'], b['image']) and equal(a['mask'], b['mask']) for a, b in zip(zero, two, strict=True))
     assert zero[0]['image'].shape == (4, 3, 180, 240) and set(zero[0]['mask'].unique().tolist()) <= {*range(11), 255}
+
+
+# ---- the other real sets
+
+@real_set('bccd')
+@pytest.mark.parametrize('split,images,boxes', [('train', 205, [2381, 214, 209]), ('val', 87, [967, 87, 83])])
+def test_real_bccd(split, images, boxes):
+    dataset = D.BCCD(None, split=split)
+    assert len(dataset) == images and dataset.labels.bincount().tolist() == boxes                          # as the README beside the files counts
+    train = D.Augmented(D.Resized(dataset, (120, 160)), D.train_transform(crop=(96, 128), scale=(.8, 1.2)))
+    zero, two = (list(D.train_loader(train, 4, steps=2, workers=w)) for w in (0, 2))
+    assert all(equal(a[k], b[k]) for a, b in zip(zero, two, strict=True) for k in ('image', 'boxes', 'labels'))
+    shown = dataset[0]
+    assert shown['image'].shape == (3, 480, 640) and (shown['boxes'][:, 2:] > shown['boxes'][:, :2]).all()
+
+
+@real_set('bccd')
+def test_real_bccd_boxes_are_where_the_cells_are():
+    dataset = D.BCCD(None, split='val')
+    inside, outside = [], []
+    for sample in (dataset[i] for i in range(0, 80, 8)):
+        white = sample['boxes'][sample['labels'] == 1].round().long().tolist()                              # white cells are dyed: dark in red and green
+        where = torch.zeros(480, 640, dtype=torch.bool)
+        for x0, y0, x1, y1 in white: where[y0:y1, x0:x1] = True
+        dark = sample['image'][1] < 120
+        if white: inside.append(dark[where].float().mean()); outside.append(dark[~where].float().mean())
+    assert len(inside) > 5 and sum(inside) > 5 * sum(outside)
+
+
+@real_set('cifar10-jpeg')
+@pytest.mark.parametrize('split,n', [('train', 2000), ('val', 500)])
+def test_real_cifar10_jpeg(split, n):
+    dataset = D.CIFAR10JPEG(None, split=split)
+    assert torch.tensor(dataset.labels).bincount().tolist() == [n] * 10 and dataset.classes[0] == 'airplane' and dataset.classes[9] == 'truck'
+    for i in range(0, len(dataset), 97): assert dataset[i]['image'].shape == (3, 32, 32)
+    mean, std = D.channel_stats(dataset, n=2000)
+    assert all(abs(a - b) < .02 for a, b in zip(mean, (.4914, .4822, .4465)))                               # CIFAR-10's own, as many repositories state it
+
+
+@real_set('rgbd-7scenes')
+def test_real_seven_scenes():
+    sets = {split: D.SevenScenes(None, split=split) for split in ('train', 'val')}
+    assert {s: len(d) for s, d in sets.items()} == dict(train=107, val=25)
+    for split, unknown in (('train', .1), ('val', .17)):
+        metres = torch.stack([torch.Tensor(sample['depth']) for sample in sets[split]]).double()
+        known = metres[metres > 0]
+        assert metres.shape[1:] == (240, 320) and abs((metres == 0).double().mean() - unknown) < .01
+        assert .8 < known.min() and known.max() < 3.6
+        if split == 'train': assert abs(known.mean() - 1.873) < 1e-3 and abs(known.std() - .641) < 1e-3     # the README beside the files

@@ -1,5 +1,8 @@
 """The doctor: planted faults are found, healthy runs are left alone, nothing is changed."""
 import copy, math, random, time
+from collections import OrderedDict
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,10 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
+from torchvision.ops import box_convert
 
+from kdnotes.data.datasets import IMAGENET_MEAN, IMAGENET_STD, Augmented, InMemory, collate, eval_transform
+from kdnotes.data.scenes import TRAIN_SEED, Scenes
 from kdnotes.distiller import Distiller, Term
 from kdnotes.doctor import Finding, diagnose
-from kdnotes.loop import Budget, fit, train_supervised
+from kdnotes.loop import Budget, evaluate, fit, train_supervised
 from kdnotes.losses.attention_transfer import AttentionTransfer
 from kdnotes.losses.channel_wise import ChannelWise
 from kdnotes.losses.global_local import GlobalLocal
@@ -21,9 +27,9 @@ from kdnotes.losses.local_affinity import LocalAffinity
 from kdnotes.losses.pair_wise import PairWise
 from kdnotes.losses.pixel_wise import PixelWise
 from kdnotes.losses.soft_targets import SoftTargets
-from kdnotes.networks import tiny_student, tiny_teacher
+from kdnotes.networks import Stages, faster_rcnn, fcos, retinanet, ssd, tiny_depth_student, tiny_depth_teacher, tiny_student, tiny_teacher
 from kdnotes.recipes import SCENES_MEAN, SCENES_STD, lesson
-from kdnotes.tasks import Classification
+from kdnotes.tasks import Classification, Depth, Detection
 
 FEATURE = 'head.bottleneck'
 
@@ -817,3 +823,413 @@ def test_a_finding_reads_as_lines_and_as_a_table(room, batch):
     assert not diagnosis.ok and diagnosis.verdict.startswith('Not as it should be: faults: 1')
     assert 'remedy: give' in str(diagnosis) and '| fault | terms |' in diagnosis._repr_markdown_()
     assert all(isinstance(f, Finding) and f.severity in ('fault', 'warning', 'note') for f in diagnosis.findings)
+
+
+# --- detection and depth: what they are made of
+
+COLOURS = torch.tensor([[1.5, -1, -1], [-1, 1.5, -.6], [-.8, -.8, 1.6]])[:, :, None, None]
+LEVEL = 'net.backbone.levels.'
+
+
+def coloured(seed, size=(64, 64)):
+    "Boxes of three colours, their classes, on noise."
+    g = torch.Generator().manual_seed(seed)
+    image, boxes, labels = .4 * torch.randn(3, *size, generator=g), [], []
+    for _ in range(6):
+        w, h, c = (int(torch.randint(*ends, (1,), generator=g)) for ends in ((8, 25), (8, 25), (0, 3)))
+        x, y = (int(torch.randint(side - k + 1, (1,), generator=g)) for side, k in ((size[1], w), (size[0], h)))
+        if any(x < b[2] and b[0] < x + w and y < b[3] and b[1] < y + h for b in boxes): continue
+        image[:, y:y + h, x:x + w] += COLOURS[c]
+        boxes.append([x, y, x + w, y + h]); labels.append(c)
+    return {'image': image, 'boxes': torch.tensor(boxes).float(), 'labels': torch.tensor(labels)}
+
+
+def body(a, b, c):
+    return Stages(OrderedDict(down4=nn.Sequential(*(nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i, o in ((3, a), (a, b)))),
+                              down8=nn.Sequential(nn.Conv2d(b, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU())))
+
+
+DETECTORS = {'fcos': partial(fcos, num_classes=3, extra=None, convs=1),
+             'retinanet': partial(retinanet, num_classes=3, extra=None, convs=1, norm=True, ratios=(1.,)),
+             'ssd': partial(ssd, num_classes=3, extra=(32,))}
+WIDTHS = {'teacher': (16, 24, 32), 'student': (8, 12, 16)}
+
+
+def detector(kind, who):
+    channels = {} if kind == 'ssd' else {'channels': WIDTHS[who][2]}
+    return DETECTORS[kind](body(*WIDTHS[who]), **channels)
+
+
+def built(make, *args):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(*args)
+
+
+@pytest.fixture(scope='module')
+def found_boxes():
+    "Three kinds of detectors: task, data, teacher trained for ten seconds, fresh student, student after a few steps."
+    task, data, rooms = Detection(3), [coloured(i) for i in range(48)], {}
+    for kind in DETECTORS:
+        teacher, fresh = built(detector, kind, 'teacher'), built(detector, kind, 'student')
+        train_supervised(teacher, task, data, budget=Budget(steps=60 if kind == 'ssd' else 120, batch_size=8, lr=.01, optimizer='adamw', clip=5.), progress=False)
+        later = copy.deepcopy(fresh)
+        train_supervised(later, task, data, budget=Budget(steps=10, batch_size=8, lr=.01, optimizer='adamw'), progress=False)
+        rooms[kind] = SimpleNamespace(task=task, data=data, teacher=teacher, students=(fresh, later))
+    return rooms
+
+
+@pytest.fixture(scope='module')
+def depths():
+    "Depth as a number, and in bins."
+    data, rooms = Augmented(InMemory(Scenes(16, first_seed=TRAIN_SEED, keys=('image', 'depth'), size=(48, 96))), eval_transform(mean=SCENES_MEAN, std=SCENES_STD)), {}
+    for kind, bins in (('regressor', None), ('bins', 12)):
+        task = Depth(nearest=1.5, farthest=80., bins=bins)
+        teacher, fresh = built(tiny_depth_teacher, task.num_classes), built(tiny_depth_student, task.num_classes)
+        train_supervised(teacher, task, data, budget=Budget(steps=40, batch_size=4, lr=.005, optimizer='adamw'), progress=False)
+        later = copy.deepcopy(fresh)
+        train_supervised(later, task, data, budget=Budget(steps=8, batch_size=4, lr=.005, optimizer='adamw'), progress=False)
+        rooms[kind] = SimpleNamespace(task=task, data=data, teacher=teacher, students=(fresh, later))
+    return rooms
+
+
+def of(room, *indices): return collate([room.data[i] for i in indices])
+def levels(loss, weight=1., each=(0, 1)): return [Term(loss, f'{LEVEL}{i}', weight, name=f'level{i}') for i in each]
+
+
+def told(room, terms, *, student=None, teacher=None, task=None):
+    "A distiller with networks of its own."
+    return Distiller(student or copy.deepcopy(room.students[0]), teacher or copy.deepcopy(room.teacher), task or room.task, terms)
+
+
+# --- their healthy runs
+
+ON_BOXES = {
+    'pixel-wise': lambda: logits(PixelWise(), 5.), 'channel-wise, every level': lambda: levels(ChannelWise(), 1.),
+    'pair-wise': lambda: levels(PairWise(), 1., (1,)), 'attention': lambda: levels(AttentionTransfer(), 100.),
+    'local': lambda: levels(LocalAffinity(kind='cosine'), 1.), 'two terms': lambda: [*logits(PixelWise(temperature=2.), 1.), *levels(ChannelWise(), 1.)]}
+ON_DEPTH = {
+    'channel-wise': lambda: feature(ChannelWise(), 1.), 'pair-wise': lambda: feature(PairWise(), 1.), 'attention': lambda: feature(AttentionTransfer(), 100.),
+    'affinity': lambda: feature(Affinity(), 1.), 'local': lambda: feature(LocalAffinity(kind='cosine'), 1.),
+    'holistic': lambda: [*feature(PairWise(), 1.), *logits(Holistic(Critic(1, width=4)), .5)]}
+ON_BINS = {**ON_DEPTH, 'pixel-wise': lambda: logits(PixelWise(), 1.), 'intra-class': lambda: feature(IntraClassVariation(12), 10.),
+           'holistic': lambda: logits(Holistic(Critic(12, width=4)), .3)}
+
+
+@pytest.mark.parametrize('later', [0, 1])
+@pytest.mark.parametrize('kind, name', [(k, n) for k in DETECTORS for n in ON_BOXES])
+def test_healthy_detectors(found_boxes, kind, name, later):
+    room, i = found_boxes[kind], list(ON_BOXES).index(name)
+    terms = ON_BOXES[name]()
+    d = told(room, terms, student=copy.deepcopy(room.students[later]))
+    batch = of(room, *((5 * i + 11 * later + k) % 48 for k in range(2 + i % 4)))
+    if i % 2: d.prepare(batch)
+    shares = healthy(d, batch).shares
+    assert set(shares) == {'task', *(t.name for t in terms)} and math.isclose(sum(shares.values()), 1)
+
+
+@pytest.mark.parametrize('later', [0, 1])
+@pytest.mark.parametrize('kind, name', [*(('regressor', n) for n in ON_DEPTH), *(('bins', n) for n in ON_BINS)])
+def test_healthy_depth(depths, kind, name, later):
+    room, methods = depths[kind], ON_DEPTH if kind == 'regressor' else ON_BINS
+    i = list(methods).index(name)
+    d, batch = told(room, methods[name](), student=copy.deepcopy(room.students[later])), of(room, *((3 * i + 7 * later + k) % 16 for k in range(1 + i % 4)))
+    if i % 2: d.prepare(batch)
+    healthy(d, batch)
+
+
+@pytest.mark.parametrize('kind', ['fcos', 'retinanet', 'ssd'])
+def test_healthy_claims_for_boxes(found_boxes, kind):
+    room = found_boxes[kind]
+    whole = evaluate(room.teacher, room.task, room.data)
+    for i in range(0, 48, 12): healthy(told(room, logits(PixelWise(), 5.)), of(room, *range(i, i + 6)), claimed={k: whole[k] for k in ('map', 'map50')})
+
+
+@pytest.mark.parametrize('kind', ['regressor', 'bins'])
+def test_healthy_claims_for_depth(depths, kind):
+    room = depths[kind]
+    whole = evaluate(room.teacher, room.task, room.data)
+    for i in range(0, 16, 4): healthy(told(room, feature(ChannelWise(), 1.)), of(room, *range(i, i + 4)), claimed=whole)
+
+
+def test_healthy_depth_marked_in_other_ways(depths):
+    "Half of it unknown, by 0 or by NaN."
+    room = depths['regressor']
+    batch = of(room, 0, 1)
+    for mark in (0., math.nan):
+        batch['depth'][:, :24] = mark
+        healthy(told(room, feature(ChannelWise(), 1.)), batch)
+
+
+@pytest.mark.parametrize('kind', ['fcos', 'regressor'])
+def test_healthy_cached_answers(found_boxes, depths, kind):
+    room = {**found_boxes, **depths}[kind]
+    d, batch = told(room, [*logits(PixelWise(), 5.), *levels(ChannelWise())] if kind == 'fcos' else feature(ChannelWise(), 1.)), of(room, 0, 1, 2)
+    d.prepare(batch)
+    batch['teacher'] = {k: v.half() for k, v in d.their(batch).items()}
+    assert sum(f.means == 'stored, and its own' for f in healthy(d, batch).findings) == len(d.terms)
+
+
+def test_two_stages_run(found_boxes):
+    "Faster R-CNN draws proposals at random, and looks steady nevertheless; its teacher here knows nothing, which is said."
+    room = found_boxes['fcos']
+    make = partial(faster_rcnn, num_classes=3, hidden=16, box_batch_size_per_image=32)
+    student, teacher = (built(lambda w=w: make(body(*WIDTHS[w]), channels=16)) for w in ('student', 'teacher'))
+    diagnosis = diagnose(told(room, [*logits(PixelWise(), 1e3), *levels(ChannelWise())], student=student, teacher=teacher), of(room, 0, 1, 2, 3))
+    assert len(diagnosis.faults + diagnosis.warnings) == 1 and 'true boxes' in (diagnosis.faults + diagnosis.warnings)[0].what, str(diagnosis)
+
+
+def test_a_fifth_task_gets_the_checks_that_need_no_truth(depths):
+    class Brightness:
+        "Something per pixel that this page has never heard of."
+        name, metric, higher_is_better = 'brightness', 'error', False
+        def logits(self, output): return output['out']
+        def loss(self, output, batch): return (output['out'].mean((2, 3)) - batch['image'].mean((1, 2, 3))[:, None]).square().mean()
+        def labels(self, batch): raise ValueError('there are none')
+        num_classes = 1
+    room = depths['regressor']
+    batch = {'image': of(room, 0, 1)['image']}
+    healthy(told(room, feature(ChannelWise(), 1.), task=Brightness()), batch)
+    d = told(room, feature(ChannelWise(), 0.), task=Brightness())
+    ill(d, batch, 'switched off')
+
+
+# --- their planted faults
+
+def plant_for(shelf, expected, severity='fault'):
+    "Mark a function (room, batch) -> (distiller, batch, options) as a fault of a task."
+    return lambda f: shelf.update({f.__name__: (f, expected, severity)})
+BOXED, MEASURED = {}, {}
+def at_boxes(*args): return plant_for(BOXED, *args)
+def at_depth(*args): return plant_for(MEASURED, *args)
+def usual_boxes(room, **kwargs): return told(room, [*logits(PixelWise(), 5.), *levels(ChannelWise())], **kwargs)
+def usual_depth(room, **kwargs): return told(room, feature(ChannelWise(), 1.), **kwargs)
+def changed_depth(room, change):
+    return told(room, [Term(ChannelWise(), (FEATURE, 'net.' + FEATURE), 1.)], teacher=Through(copy.deepcopy(room.teacher), behind=change))
+
+
+def moved(batch, change):
+    "Every true box changed, fillers left alone."
+    own = batch['labels'] >= 0
+    batch['boxes'][own] = change(batch['boxes'][own])
+    return batch
+
+
+@at_boxes('boxes without area')
+def sides_for_corners(room, batch): return usual_boxes(room), moved(batch, lambda b: box_convert(b, 'xyxy', 'xywh')), {}
+
+@at_boxes('boxes without area')
+def corners_exchanged(room, batch): return usual_boxes(room), moved(batch, lambda b: b[:, [2, 3, 0, 1]]), {}
+
+@at_boxes('fillers carry')
+def filled_with_class_0(room, batch): batch['labels'][batch['labels'] < 0] = 0; return usual_boxes(room), batch, {}
+
+@at_boxes('in 0..1, not in pixels')
+def normalised(room, batch): return usual_boxes(room), moved(batch, lambda b: b / 64), {}
+
+@at_boxes('centre outside')
+def of_the_picture_before_it_was_resized(room, batch): return usual_boxes(room), moved(batch, lambda b: 4 * b), {}
+
+@at_boxes('doubling the boxes')
+def of_a_smaller_picture(room, batch): return usual_boxes(room), moved(batch, lambda b: b / 2), {}
+
+@at_boxes('(y1, x1, y2, x2)')
+def rows_first(room, batch): return usual_boxes(room), moved(batch, lambda b: b[:, [1, 0, 3, 2]]), {}
+
+@at_boxes('(x, y, width, height)')
+def sides_that_look_like_corners(room, batch):
+    "One thing in the upper left of each picture: it has an area either way."
+    image, g = .4 * torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    boxes = torch.cat([torch.randint(8, 13, (16, 1, 2), generator=g), torch.randint(18, 25, (16, 1, 2), generator=g)], 2)
+    for i, (x, y, w, h) in enumerate(boxes[:, 0].tolist()): image[i, :, y:y + h, x:x + w] += COLOURS[i % 3]
+    return usual_boxes(room), {'image': image, 'boxes': boxes.float(), 'labels': torch.arange(16)[:, None] % 3}, {}
+
+@at_boxes('count from 0')
+def labels_from_one(room, batch): batch['labels'][batch['labels'] >= 0] += 1; return usual_boxes(room), batch, {}
+
+@at_boxes('neither a class nor -1')
+def unlabelled_is_255(room, batch): batch['labels'][0, 0] = 255; return usual_boxes(room), batch, {}
+
+@at_boxes('neither a class nor -1')
+def another_filler(room, batch): batch['labels'][0, 0] = -100; return usual_boxes(room), batch, {}
+
+@at_boxes('mirrored')
+def image_mirrored_alone(room, batch): batch['image'] = batch['image'].flip(-1); return usual_boxes(room), batch, {}
+
+@at_boxes('upside down')
+def image_turned_alone(room, batch): batch['image'] = batch['image'].flip(-2); return usual_boxes(room), batch, {}
+
+@at_boxes('another order of the images')
+def boxes_shuffled(room, batch): return usual_boxes(room), {**batch, 'image': batch['image'].roll(1, 0)}, {}
+
+@at_boxes('another order of classes')
+def classes_in_a_circle(room, batch): own = batch['labels'] >= 0; batch['labels'][own] = (batch['labels'][own] + 1) % 3; return usual_boxes(room), batch, {}
+
+@at_boxes('another order of classes')
+def two_classes_exchanged(room, batch): own = batch['labels'] >= 0; batch['labels'][own] = torch.tensor([1, 0, 2])[batch['labels'][own]]; return usual_boxes(room), batch, {}
+
+@at_boxes('reversing the channels')
+def blue_first(room, batch): batch['image'] = batch['image'].flip(1); return usual_boxes(room), batch, {}
+
+@at_boxes('gained by bringing')
+def colours_in_0_to_1(room, batch):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    batch['image'] = batch['image'] * std + mean; return usual_boxes(room), batch, {}
+
+@at_boxes('little more than chance')
+def detector_never_loaded(room, batch): return usual_boxes(room, teacher=torch.manual_seed(1) and fcos(body(16, 24, 32), num_classes=3, channels=32, extra=None, convs=1)), batch, {}
+
+@at_boxes('little more than chance')
+def box_branch_never_loaded(room, batch):
+    d = usual_boxes(room)
+    for m in d.teacher.net.head.regression_head.modules():
+        if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=.01)
+    return d, batch, {}
+
+@at_boxes('in training mode')
+def detector_in_training_mode(room, batch): d = usual_boxes(room); d.teacher.train(); return d, batch, {}
+
+@at_boxes('two looks')
+def scores_with_dropout(room, batch):
+    d = usual_boxes(room); d.teacher.net.head.classification_head.cls_logits.register_forward_hook(lambda m, x, z: F.dropout(z, .1)); return d, batch, {}
+
+@at_boxes('claimed')
+def claims_more_boxes(room, batch): return usual_boxes(room), batch, {'claimed': {'map75': 5.}}
+
+@at_boxes('as good as off')
+def boxes_with_the_weight_of_a_mean(room, batch): return told(room, logits(PixelWise(), 1e-4)), batch, {}
+
+@at_boxes('of other images of this batch')
+def stored_in_another_order(room, batch):
+    d = usual_boxes(room); d.prepare(batch); batch['teacher'] = {k: v.roll(1, 0) for k, v in d.their(batch).items()}; return d, batch, {}
+
+@at_boxes('only background', 'warning')
+def no_boxes_at_all(room, batch): batch['labels'].fill_(-1); return usual_boxes(room), batch, {}
+
+@at_boxes('pair_wise')
+def pairs_of_anchors(room, batch): return told(room, logits(PairWise(), 1.)), batch, {}
+
+@at_boxes('has no class map')
+def classes_of_pixels(room, batch): return told(room, levels(IntraClassVariation(3), each=(0,))), batch, {}
+
+@at_boxes('tap one that runs once')
+def a_layer_of_the_head(room, batch): return told(room, [Term(ChannelWise(), 'net.head.classification_head.cls_logits', 1.)]), batch, {}
+
+@at_boxes('NaN')
+def nowhere(room, batch): batch['boxes'][0, 0, 0] = math.nan; return usual_boxes(room), batch, {}
+
+
+@pytest.mark.parametrize('name', BOXED)
+def test_planted_among_boxes(found_boxes, name):
+    make, expected, severity = BOXED[name]
+    room = found_boxes['fcos']
+    d, batch, options = make(room, of(room, *range(12)))
+    diagnosis = ill(d, batch, expected, severity=severity, **options)
+    assert severity == 'fault' or diagnosis.ok
+
+
+@at_depth('outside 1.5..80 m')
+def millimetres(room, batch): batch['depth'] *= 1000; return usual_depth(room), batch, {}
+
+@at_depth('outside 1.5..80 m')
+def kilometres(room, batch): batch['depth'] /= 1000; return usual_depth(room), batch, {}
+
+@at_depth("dividing the teacher's depth by 0.")
+def feet(room, batch): batch['depth'] *= 3.28; return usual_depth(room), batch, {}
+
+@at_depth('as inverse depth')
+def disparity(room, batch): batch['depth'] = (100 / batch['depth']).where(batch['depth'] > 0, 0); return usual_depth(room), batch, {}
+
+@at_depth('one depth for all')
+def head_gives_a_constant(room, batch): d = usual_depth(room); nn.init.zeros_(d.teacher.head.classifier.weight); return d, batch, {}
+
+@at_depth('one depth for all')
+def head_never_loaded(room, batch): torch.manual_seed(0); d = usual_depth(room); nn.init.normal_(d.teacher.head.classifier.weight, std=1e-3); return d, batch, {}
+
+@at_depth('little more than chance')
+def depth_never_loaded(room, batch): torch.manual_seed(1); return usual_depth(room, teacher=tiny_depth_teacher(room.task.num_classes)), batch, {}
+
+@at_depth('statistics in BatchNorm')
+def depth_buffers_never_loaded(room, batch):
+    d = usual_depth(room)
+    for m in d.teacher.modules():
+        if isinstance(m, nn.BatchNorm2d): m.reset_running_stats()
+    return d, batch, {}
+
+@at_depth('upside down')
+def depth_upside_down(room, batch): batch['depth'] = batch['depth'].flip(-2); return usual_depth(room), batch, {}
+
+@at_depth('another order of the images')
+def depth_shuffled(room, batch): batch['depth'] = batch['depth'].roll(1, 0); return usual_depth(room), batch, {}
+
+@at_depth('gained by bringing')
+def image_in_0_to_1(room, batch):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (SCENES_MEAN, SCENES_STD))
+    batch['image'] = batch['image'] * std + mean; return usual_depth(room), batch, {}
+
+@at_depth('pixels of known depth')
+def nothing_known(room, batch): batch['depth'].zero_(); return usual_depth(room), batch, {}
+
+@at_depth('claimed')
+def claims_a_small_error(room, batch): return usual_depth(room), batch, {'claimed': .05}
+
+@at_depth('claimed')
+def claims_many_near_ones(room, batch): return usual_depth(room), batch, {'claimed': {'delta1': 2.}}
+
+@at_depth('claimed')
+def claims_few_metres(room, batch): return usual_depth(room), batch, {'claimed': {'rmse': 1.}}
+
+@at_depth('in training mode')
+def depth_in_training_mode(room, batch): d = usual_depth(room); d.teacher.head.up[0][1].train(); return d, batch, {}
+
+@at_depth('as good as off')
+def depth_term_is_off(room, batch): return told(room, feature(ChannelWise(), 1e-5)), batch, {}
+
+@at_depth('another augmentation or another teacher')
+def stored_before_the_crop(room, batch):
+    d = usual_depth(room); d.prepare(batch); batch['teacher'] = {k: v.roll(2, 3) for k, v in d.their(batch).items()}; return d, batch, {}
+
+
+@pytest.mark.parametrize('kind', ['regressor', 'bins'])
+@pytest.mark.parametrize('name', MEASURED)
+def test_planted_in_depth(depths, name, kind):
+    make, expected, severity = MEASURED[name]
+    room = depths[kind]
+    d, batch, options = make(room, of(room, *range(4)))
+    ill(d, batch, expected, severity=severity, **options)
+
+
+@pytest.mark.parametrize('change, expected', [
+    (lambda z: z + math.log(1000), "dividing the teacher's depth by"), (lambda z: z.exp(), 'as metres, not as their logarithm'), (lambda z: 4 - z, 'as inverse depth'),
+    (lambda z: z / math.log(10) - 10, "dividing the teacher's depth by")])
+def test_a_regressor_that_speaks_other_units(depths, change, expected):
+    room = depths['regressor']
+    ill(changed_depth(room, change), of(room, 0, 1, 2, 3), expected)
+
+
+def test_bins_from_far_to_near(depths):
+    room = depths['bins']
+    ill(changed_depth(room, lambda z: z.flip(1)), of(room, 0, 1, 2, 3), 'as inverse depth')
+
+
+def test_one_channel_is_not_enough_for_a_softmax(depths):
+    ill(told(depths['regressor'], logits(PixelWise(), 1.)), of(depths['regressor'], 0, 1), 'give the task bins')
+    ill(told(depths['regressor'], feature(IntraClassVariation(12), 1.)), of(depths['regressor'], 0, 1), 'has no classes')
+
+
+def test_bins_of_another_number(depths):
+    ill(usual_depth(depths['bins'], task=Depth(nearest=1.5, farthest=80., bins=10)), of(depths['bins'], 0, 1), 'expected a map (B, 10, h, w)')
+
+
+def test_bins_of_another_range(depths):
+    "The teacher's bins are metres of a smaller world."
+    ill(usual_depth(depths['bins'], task=Depth(nearest=.5, farthest=20., bins=12)), of(depths['bins'], 0, 1, 2, 3), "dividing the teacher's depth by")
+
+
+def test_claims_that_a_batch_cannot_answer(found_boxes, depths):
+    room = found_boxes['fcos']
+    empty = of(room, 0, 1)
+    empty['labels'].fill_(-1)
+    assert diagnose(usual_boxes(room), empty, claimed=.5).ok
+    with pytest.raises(ValueError, match='does not measure'): diagnose(usual_boxes(room), of(room, 0, 1), claimed={'miou': .5})
+    with pytest.raises(ValueError, match='does not measure'): diagnose(usual_depth(depths['regressor']), of(depths['regressor'], 0, 1), claimed={'abs': .5})

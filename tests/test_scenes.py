@@ -186,7 +186,19 @@ def test_items_are_tv_tensors():
     assert str(item['boxes'].format.value).upper() == 'XYXY' and item['box_labels'].dtype == torch.int64
     assert (item['image'].permute(1, 2, 0).numpy() == scene.image).all() and (item['mask'].numpy() == scene.mask).all()
     assert (item['depth'].numpy() == scene.depth).all() and (item['boxes'].numpy() == scene.boxes).all()
-    assert item['scene'] == scene.scene
+    assert item['scene'] == item['label'] == scene.scene and item['boxes'].dtype == torch.float32
+    assert item['labels'].dtype == torch.int64 and len(item['labels']) == len(item['boxes'])
+
+
+def test_labels_are_an_index_into_things():
+    pytest.importorskip('torch')
+    seen = set()
+    for item in Scenes(30, keys=('boxes', 'labels', 'box_labels', 'label', 'scene')):
+        assert [THINGS[k] for k in item['labels'].tolist()] == [CLASSES[k] for k in item['box_labels'].tolist()]
+        seen.update(item['labels'].tolist())
+    assert seen == {0, 1, 2}
+    empty = [item for item in Scenes(100, keys=('boxes', 'labels'), size=(32, 64)) if not len(item['boxes'])]
+    assert empty and all(i['boxes'].shape == (0, 4) and i['labels'].shape == (0,) for i in empty)
 
 
 def test_items_batch_and_end():

@@ -981,16 +981,18 @@ def draw_scene(
                  box_labels=np.array([label[k] for k in found[:, 0].tolist()], dtype=np.int64),
                  scene=plan.scene)
 
-# %% ../../nbs/data/01_scenes.ipynb #f4c8bdc3
+# %% ../../nbs/data/01_scenes.ipynb #4b371088
 def scene_tensors(scene):
-    "The scene as torchvision's tv_tensors: image uint8 (3,H,W), mask int64, depth float32, boxes XYXY."
+    "The scene as torchvision's tv_tensors: image uint8 (3,H,W), mask int64, depth and boxes XYXY float32."
     import torch
     from torchvision.tv_tensors import BoundingBoxes, Image, Mask
-    boxes = BoundingBoxes(torch.from_numpy(scene.boxes), format='XYXY', canvas_size=scene.mask.shape)
+    boxes, kinds = torch.from_numpy(scene.boxes).float(), torch.from_numpy(scene.box_labels)
     return dict(image=Image(torch.from_numpy(scene.image).permute(2, 0, 1).contiguous()),
                 mask=Mask(torch.from_numpy(scene.mask.astype(np.int64))),
                 depth=Mask(torch.from_numpy(scene.depth)),
-                boxes=boxes, box_labels=torch.from_numpy(scene.box_labels), scene=scene.scene)
+                boxes=BoundingBoxes(boxes, format='XYXY', canvas_size=scene.mask.shape),
+                box_labels=kinds, scene=scene.scene,
+                label=scene.scene, labels=kinds - CLASSES.index(THINGS[0]))   # THINGS are the last classes
 
 # %% ../../nbs/data/01_scenes.ipynb #e5cb7e1f
 def check_count(n):
@@ -1006,10 +1008,10 @@ def check_keys(keys, known):
     if not keys or not set(keys) <= set(known): raise ValueError(f'keys are some of {known}, got {keys!r}')
     return keys
 
-# %% ../../nbs/data/01_scenes.ipynb #22766fc7
+# %% ../../nbs/data/01_scenes.ipynb #a53dc577
 class Scenes:
     "The scenes of n consecutive seeds, a map-style data set of dictionaries. ValueError for bad arguments."
-    KEYS = ('image', 'mask', 'depth', 'boxes', 'box_labels', 'scene')
+    KEYS = ('image', 'mask', 'depth', 'boxes', 'box_labels', 'scene', 'label', 'labels')
     def __init__(self,
                  n, # how many scenes
                  *,
