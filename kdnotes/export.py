@@ -6,7 +6,7 @@
 __all__ = ['BUILDERS', 'TOLERANCE', 'network_plan', 'build_network', 'card_path', 'read_card', 'load_student', 'open_run',
            'export_student', 'export_cli']
 
-# %% ../nbs/training/13_export.ipynb #ec6fc18b
+# %% ../nbs/training/13_export.ipynb #bf036d97
 import copy, hashlib, importlib.util, json, re, shutil, tempfile, warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -14,22 +14,34 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.nn import functional as F
+from torchvision.models.detection import FCOS, FasterRCNN
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import clip_boxes_to_image
 
 from .compare import _parser, _run, circumstances, find_recipe, write_json
 from .distiller import Distiller
 from .networks import _misfits, _read, atomic_write, load_weights, save_weights
-from .networks import cifar_resnet, deeplabv3, espnetc, fcn, pspnet, tiny_student, tiny_teacher
+from .networks import (Detector, DetectorOutput, cifar_resnet, deeplabv3, deeplabv3plus, encoder_decoder,
+                              espnetc, faster_rcnn, fcn, fcos, pspnet, retinanet, ssd, tiny_depth_student,
+                              tiny_depth_teacher, tiny_detector_student, tiny_detector_teacher, tiny_student,
+                              tiny_teacher)
 from .recipes import describe
 from .taps import unwrap
-from .tasks import main_output
+from .tasks import Depth, main_output
 
-# %% ../nbs/training/13_export.ipynb #da3cfae9
+# %% ../nbs/training/13_export.ipynb #90d1793c
 class _Alone(nn.Module):
-    "image (B,3,H,W) -> scores: a network in eval mode, of its outputs the main one only."
+    "image (B,3,H,W) -> scores: a network in eval mode, its main output only. Of a detector: see below."
     def __init__(self, net):
         super().__init__()
         self.net = net
-    def forward(self, image): return main_output(self.net(image))
+        two = isinstance(net, Detector) and isinstance(net.net, FasterRCNN)
+        self.names = ('objectness', 'scores', 'boxes') if two else ('scores', 'boxes')
+        if not isinstance(net, Detector): self.names = 'out',
+    def forward(self, image):
+        if self.names == ('out',): return main_output(self.net(image))
+        return (_two_stages if 'objectness' in self.names else _every_box)(self.net, image)
 
 def _taken_out(source):
     "A frozen float32 copy on the CPU of the student in `source`; ValueError if somebody still listens to it."
@@ -41,9 +53,50 @@ def _taken_out(source):
                          'close the taps (leave their `with`) first')
     return copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
 
-# %% ../nbs/training/13_export.ipynb #af7a3071
+# %% ../nbs/training/13_export.ipynb #bc583da2
+def _every_box(detector, image):
+    "Scores (B,N,C) in 0..1 and boxes (B,N,4), xyxy in pixels, of all anchors of a detector of one stage."
+    net = detector.net
+    levels = net.backbone(image)
+    heads = net.head(list(levels.values()))
+    z, t = heads['cls_logits'], heads['bbox_regression']
+    anchors = DetectorOutput(net, (1, *image.shape[-2:]), levels, heads).anchors     # of one image: B stays free
+    scores = z.softmax(-1)[..., 1:] if isinstance(net, SSD) else z.sigmoid()
+    if isinstance(net, FCOS):
+        scores, boxes = (scores * heads['bbox_ctrness'].sigmoid()).sqrt(), net.box_coder.decode(t, anchors)
+    else: boxes = net.box_coder.decode_single(t.flatten(0, 1), anchors.expand_as(t).flatten(0, 1)).view_as(t)
+    return scores, clip_boxes_to_image(boxes, image.shape[-2:])
+
+def _two_stages(detector, image):
+    "What a Faster R-CNN says in both stages; boxes filled up with zeros to the most that it may find."
+    answer = detector(image)
+    most = detector.net.roi_heads.detections_per_img
+    fill = lambda x: F.pad(x, [0, 0] * (x.dim() - 1) + [0, most - len(x)])
+    found = [[fill(image[k]) for image in answer.detections()] for k in ('scores', 'boxes')]
+    return answer.logits()[:, 1], *map(torch.stack, found)
+
+_RULES = 'score_thresh', 'topk_candidates', 'nms_thresh', 'detections_per_img'
+
+def _output_of(net, ending):
+    "What the file gives, in words."
+    if not isinstance(net, Detector):
+        return {'out': 'scores by class, before softmax, at the size the network gives them'}
+    if ending == '.safetensors': return {'detections()': 'a dict of boxes, scores and labels for each image'}
+    return {'scores': '(B,N,C) in 0..1, of every anchor by class',
+            'boxes': '(B,N,4), x1 y1 x2 y2 in pixels, of every anchor',
+            'still to be done': {name: getattr(net.net, name) for name in _RULES}}
+
+def _refuse_two_stages(net, out):
+    "ValueError for a Faster R-CNN as a graph."
+    if out.suffix == '.safetensors' or 'objectness' not in _Alone(net).names: return
+    raise ValueError(f'{out.name}: a Faster R-CNN looks once more at as many places as an image happens to have, '
+                     'and a graph has no room for that. Share it as .safetensors, or train a RetinaNet, FCOS or SSD')
+
+# %% ../nbs/training/13_export.ipynb #b1e98bf2
 BUILDERS = {f'kdnotes.networks.{f.__name__}': f
-            for f in (pspnet, deeplabv3, fcn, tiny_student, tiny_teacher, espnetc, cifar_resnet)}
+            for f in (pspnet, deeplabv3, fcn, tiny_student, tiny_teacher, espnetc, cifar_resnet, deeplabv3plus,
+                      encoder_decoder, tiny_depth_student, tiny_depth_teacher, retinanet, fcos, faster_rcnn, ssd,
+                      tiny_detector_student, tiny_detector_teacher)}
 _ELSEWHERE = 'pretrained', 'weights'      # arguments that name other files, or a download
 
 def network_plan(
@@ -156,7 +209,16 @@ def _input(transform):
     mean, std = ([float(v) for v in part.split(',')] for part in found.groups())
     return {'image': 'float32 (B,3,H,W), RGB in 0..1, minus mean, over std', 'mean': mean, 'std': std}
 
-# %% ../nbs/training/13_export.ipynb #4fb5b5a8
+# %% ../nbs/training/13_export.ipynb #597be240
+def _metres(task):
+    "The card's part on how to read depth; nothing for other tasks."
+    if not isinstance(task, Depth): return {}
+    out = (f'scores of {task.bins} bins: metres = exp(sum of softmax times log centre)' if task.bins else
+           'natural logarithm of metres: exp, then clamp to nearest..farthest')
+    edges = {'edges': task.edges.tolist()} if task.bins else {}
+    return {'depth': {'nearest': task.nearest, 'farthest': task.farthest, **edges},
+            'output': {'out': f'{out}; (B,C,h,w), to be enlarged bilinearly first'}}
+
 def open_run(
     folder,                      # that kdnotes_train or kdnotes_compare wrote
     *,
@@ -180,10 +242,11 @@ def open_run(
     card = {'recipe': recipe.name, 'method': method, 'seed': seed, 'network': plan,
             'task': task.name, 'classes': list(task.classes),
             'input': _input(settings['data']['valid']),
-            'metric': task.metric, 'metrics': record['metrics'], 'trained': record['circumstances']}
+            'metric': task.metric, 'metrics': record['metrics'], 'trained': record['circumstances'],
+            **_metres(task)}
     return load_weights(net, run / 'weights.safetensors'), card, recipe.size
 
-# %% ../nbs/training/13_export.ipynb #787a8496
+# %% ../nbs/training/13_export.ipynb #557fbfbd
 def _need(*packages):
     "RuntimeError saying what to install if one of the packages is not there."
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
@@ -196,11 +259,11 @@ _AXES = {'batch': 0, 'height': 2, 'width': 3}
 def _write_onnx(net, path, image, free):
     shapes = {'image': {_AXES[name]: name for name in free}}
     program = torch.onnx.export(_Alone(net), (image,), dynamo=True, dynamic_shapes=shapes,
-                                input_names=['image'], output_names=['out'], verbose=False)
+                                input_names=['image'], output_names=_Alone(net).names, verbose=False)
     program.save(path, external_data=False)
 
 def _read_onnx(path):
-    "A function images -> scores that runs the file without PyTorch, by onnxruntime or else by onnx."
+    "A function images -> outputs that runs the file without PyTorch, by onnxruntime or else by onnx."
     if _onnx_runner() == 'onnxruntime':
         import onnxruntime
         quiet = onnxruntime.SessionOptions(); quiet.log_severity_level = 4
@@ -208,9 +271,9 @@ def _read_onnx(path):
     else:
         from onnx.reference import ReferenceEvaluator
         session = ReferenceEvaluator(str(path))
-    return lambda image: torch.from_numpy(session.run(['out'], {'image': image.numpy()})[0])
+    return lambda image: [torch.from_numpy(x) for x in session.run(None, {'image': image.numpy()})]
 
-# %% ../nbs/training/13_export.ipynb #b54d1a29
+# %% ../nbs/training/13_export.ipynb #c3fd171b
 def _write_torch(net, path, image, free):
     shapes = {'image': {_AXES[name]: Dim.DYNAMIC for name in free}}
     torch.export.save(torch.export.export(_Alone(net), (image,), dynamic_shapes=shapes), path)
@@ -220,7 +283,7 @@ def _read_torch(path): return torch.export.load(path).module()      # a file jus
 def _write_safetensors(net, path, image, free): save_weights(net, path)
 
 def _reader_of(net, path, card):
-    "A function images -> scores made from the file at `path`."
+    "A function images -> outputs made from the file at `path`."
     if path.suffix == '.onnx': return _read_onnx(path)
     if path.suffix == '.pt2': return _read_torch(path)
     blank = None
@@ -231,7 +294,7 @@ def _reader_of(net, path, card):
 
 _WRITERS = {'.safetensors': _write_safetensors, '.onnx': _write_onnx, '.pt2': _write_torch}
 
-# %% ../nbs/training/13_export.ipynb #943d1d98
+# %% ../nbs/training/13_export.ipynb #000b38bd
 TOLERANCE = 1e-4     # of the largest score
 
 def _images(size, free):
@@ -240,20 +303,25 @@ def _images(size, free):
     sizes = (1, h, w), (3, h * 3 // 4 | 1, w // 2 | 1) if 'height' in free else (3, h, w)
     return [torch.randn(b, 3, y, x, generator=generator) for b, y, x in sizes]
 
+def _each(output): return [output] if isinstance(output, torch.Tensor) else list(output)
+
 @torch.no_grad()
 def _compared(net, run, images):
     "The largest difference of `run` to the network on these images; RuntimeError if they disagree."
+    alone = _Alone(net)
     worst = {'largest difference': 0., 'of the largest score': 0.}
     for image in images:
-        expected, got = _Alone(net)(image), run(image)
-        where = f'on images {tuple(image.shape)}'
-        if got.shape != expected.shape:
-            raise RuntimeError(f'{where} the file gives {tuple(got.shape)}, not {tuple(expected.shape)}')
-        gap, largest = float((got - expected).abs().max()), float(expected.abs().max())
-        share = gap / largest if largest else float(gap > 0)
-        if not share <= TOLERANCE:                                              # also if it is not a number
-            raise RuntimeError(f'{where} file and network differ by {share:.1e} of the largest score')
-        worst = dict(zip(worst, (max(a, b) for a, b in zip(worst.values(), (gap, share)))))
+        for name, expected, got in zip(alone.names, _each(alone(image)), _each(run(image)), strict=True):
+            where = f'on images {tuple(image.shape)}'
+            if got.shape != expected.shape:
+                raise RuntimeError(f'{where} the file gives {name} {tuple(got.shape)}, '
+                                   f'not {tuple(expected.shape)}')
+            gap, largest = float((got - expected).abs().max()), float(expected.abs().max())
+            share = gap / largest if largest else float(gap > 0)
+            if not share <= TOLERANCE:                                          # also if it is not a number
+                raise RuntimeError(f'{where} file and network differ in {name} '
+                                   f'by {share:.1e} of the largest score')
+            worst = dict(zip(worst, (max(a, b) for a, b in zip(worst.values(), (gap, share)))))
     return {**worst, 'images': [list(image.shape) for image in images]}
 
 # %% ../nbs/training/13_export.ipynb #5a147286
@@ -287,7 +355,7 @@ def _say(out, card, size, why):
     only = f'; images of {size[0]} x {size[1]} only, since: {why}' if why else ''
     print(f"  free: {', '.join(check['free'])}{only}")
 
-# %% ../nbs/training/13_export.ipynb #2eaeedb3
+# %% ../nbs/training/13_export.ipynb #d46a372c
 def export_student(
     source,                        # folder of kdnotes_train or kdnotes_compare, or a network, or a distiller
     out,                           # NAME.safetensors, NAME.onnx or NAME.pt2; its card comes beside it
@@ -296,13 +364,14 @@ def export_student(
     method: str | None = None,     # of a folder with several runs
     seed: int | None = None,       # the same
     size: tuple | None = None,     # (height, width) of the images to try it on; a recipe's own if None
-    about: dict | None = None,     # more for the card; for a network: `network` (a plan), `classes`, `input`
+    about: dict | None = None,     # more for the card; for a network: `network` (a plan), `classes`, `output`
     progress: bool = True,         # say what was written
 ) -> dict:                         # the card
     """Write the student alone, without teacher, adapters, hooks or critic; read back before it gets its name.
 
-    Existing files of that name are replaced. ValueError for a source or name that does not fit, RuntimeError
-    if a package is missing or the file would not give the network's scores; nothing is written then."""
+    Of a detector a graph gives scores and boxes of all anchors, before suppression. Existing files of that name
+    are replaced. ValueError for a source or name that does not fit, or a Faster R-CNN as a graph; RuntimeError if
+    a package is missing or the file would not give the network's scores; nothing is written then."""
     out = Path(out)
     if out.suffix not in _WRITERS: raise ValueError(f'{out.name!r} should end in {" or ".join(_WRITERS)}')
     if out.suffix == '.onnx': _need('onnx', 'onnxscript')
@@ -312,8 +381,8 @@ def export_student(
         size = size or usual
     if size is None: raise ValueError('a network needs `size`, the (height, width) of images to try it on')
     net = _taken_out(net)
-    card = {'kdnotes': _KIND, **card, **(about or {}),
-            'output': {'out': 'scores by class, before softmax, at the size the network gives them'}}
+    _refuse_two_stages(net, out)
+    card = {'kdnotes': _KIND, 'output': _output_of(net, out.suffix), **card, **(about or {})}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / out.name
         check, why = _draft(net, path, card, tuple(size))

@@ -56,12 +56,14 @@ class Splits(NamedTuple):
     valid: object                    # for the scores of all
     teacher_train: object = None     # for the teacher; the students' if None
 
-# %% ../nbs/training/09_recipes.ipynb #d388d36b
+# %% ../nbs/training/09_recipes.ipynb #a20a94a1
+def _at(net, path): return find_module(net, path) if path else net
+
 @dataclass(frozen=True)
 class Start:
     "What the networks of a recipe begin with: a part of another recipe's networks, teacher for teacher."
     recipe: object                                  # the `Recipe` that is run first
-    part: str                                       # dotted path in its networks, such as 'features'
+    part: str                                       # dotted path in its networks, such as 'features'; '' for all
     onto: str                                       # dotted path in those that begin with it
     methods: dict = field(default_factory=dict)     # method -> method of that recipe; 'none' if absent
 
@@ -69,8 +71,11 @@ class Start:
              trained: nn.Module,        # of the recipe that was run first
              net: nn.Module,            # gets the part's weights, in place
              ) -> nn.Module:
-        "Copy the weights of `part` into `onto`; ValueError if they do not fit, and nothing is copied."
-        part, onto = find_module(trained, self.part).state_dict(), find_module(net, self.onto)
+        """Copy the weights of `part` into `onto`; what `part` has beyond it, such as a classifier, stays behind.
+
+        ValueError if `onto` has anything else or other shapes, and nothing is copied."""
+        part, onto = _at(trained, self.part).state_dict(), _at(net, self.onto)
+        part = {name: value for name, value in part.items() if name in onto.state_dict()}
         problems = _misfits(onto, part)
         if problems: raise ValueError(f'{self.part!r} of {self.recipe.name!r} does not fit {self.onto!r}: {problems}')
         onto.load_state_dict(part)
@@ -140,7 +145,7 @@ def distiller(self: Recipe,
     return Distiller(student, teacher, self.task, copy.deepcopy(self.methods[method]),
                      task_weight=self.task_weights.get(method, 1.))
 
-# %% ../nbs/training/09_recipes.ipynb #f8f60137
+# %% ../nbs/training/09_recipes.ipynb #214d250f
 def _spelled(x):
     "A part of a recipe in one line, as one would write it."
     if isinstance(x, partial):
@@ -158,6 +163,7 @@ def _spelled(x):
     if isinstance(x, nn.Module): return type(x).__name__
     return getattr(x, '__name__', None) or str(x)
 
+# %% ../nbs/training/09_recipes.ipynb #b951065c
 def _with_defaults(f):
     "`f` with all the options it would be called with."
     if not callable(f) or isinstance(f, type): return f

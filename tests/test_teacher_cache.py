@@ -11,13 +11,15 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from kdnotes.data.datasets import Augmented, Batches, eval_transform, train_loader, train_transform
-from kdnotes.data.scenes import Scenes
+from kdnotes.data.scenes import THINGS, Scenes
 from kdnotes.distiller import Distiller, Term
 from kdnotes.loop import Budget, fit, keyed
 from kdnotes.losses.channel_wise import ChannelWise
+from kdnotes.losses.pair_wise import PairWise
 from kdnotes.losses.pixel_wise import PixelWise
-from kdnotes.networks import tiny_student, tiny_teacher
-from kdnotes.tasks import Segmentation
+from kdnotes.networks import (retinanet, tiny_depth_student, tiny_depth_teacher, tiny_detector_student, tiny_detector_teacher, tiny_student,
+                              tiny_teacher)
+from kdnotes.tasks import Depth, Detection, Segmentation
 from kdnotes.teacher_cache import (TOLERANCE, TeacherCache, cached_gap, fingerprint, image_key, plan_cache, run_draws,
                                    teacher_outputs, write_cache)
 
@@ -184,6 +186,59 @@ def test_the_callers_generator_and_the_teachers_modes_are_left_alone(tmp_path):
     cache.dataset(data())[0, 0]
     assert torch.equal(torch.get_rng_state(), state) and [m.training for m in net_.modules()] == modes
     assert fingerprint(net_) == before and all(p.requires_grad and p.grad is None for p in net_.parameters())
+
+
+# --- boxes and depths, which move with the picture
+
+LEVEL, SMALL = 'net.backbone.levels.', Budget(steps=6, batch_size=4, lr=.002, optimizer='adamw')
+def wide_retinanet(): return retinanet('resnet18', num_classes=3, channels=16, convs=1, ratios=(1.,))
+BOXES_AND_DEPTHS = {
+    'boxes, fcos': (Detection(3), ('boxes', 'labels'), lambda: tiny_detector_student(3), lambda: tiny_detector_teacher(3),
+                    [('logits', PixelWise()), *((f'{LEVEL}{i}', ChannelWise()) for i in range(3))]),
+    'boxes, retinanet': (Detection(3), ('boxes', 'labels'), wide_retinanet, wide_retinanet,
+                         [('logits', PixelWise()), (LEVEL + '0', PairWise()), (LEVEL + '4', ChannelWise())]),
+    'depth': (Depth(nearest=1.5, farthest=80.), ('depth',), tiny_depth_student, tiny_depth_teacher, [('head.bottleneck', ChannelWise())]),
+    'depth in bins': (Depth(nearest=1.5, farthest=80., bins=12), ('depth',), lambda: tiny_depth_student(12), lambda: tiny_depth_teacher(12),
+                      [('logits', PixelWise()), ('head.bottleneck', PairWise())])}
+
+
+def seeded(make, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().eval()
+
+
+@pytest.mark.parametrize('kind', BOXES_AND_DEPTHS)
+def test_cached_and_live_students_agree_on_what_moves_with_the_picture(kind, tmp_path):
+    task, keys, student, teacher, terms = BOXES_AND_DEPTHS[kind]
+    assert len(THINGS) == 3
+    train = Augmented(Scenes(8, size=(48, 96), keys=('image', *keys)), train_transform(crop=(32, 64), scale=(.8, 1.4)))
+    taught, places = seeded(teacher, 0), [place for place, _ in terms]
+    cache = write_cache(tmp_path, taught, train, task, places, budget=SMALL, seeds=2, progress=False)
+    seen = []
+    for a, b in zip(train_loader(keyed(cache.dataset(train), 2), 4, steps=6, seed=2), train_loader(keyed(train, 2), 4, steps=6, seed=2), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in ('image', *keys)) and set(a['teacher']) == set(places)
+        assert max(cached_gap(a, taught, task).values()) <= TOLERANCE
+        seen += [tuple(a[k].shape) for k in keys[:1]]
+    if 'boxes' in keys: assert len({shape[1] for shape in seen}) > 1                    # another number of fillers in every batch
+    states = []
+    for data in (train, cache.dataset(train), cache.dataset(train)):
+        net = seeded(student, 3)
+        start = torch.cat([v.flatten().double() for v in net.state_dict().values()])
+        mute = copy.deepcopy(taught)
+        if data is not train: mute.register_forward_pre_hook(silent_after(1))            # `prepare` looks at the shapes once
+        fit(Distiller(net, mute, task, [Term(loss, place, 1., name=f'term{i}') for i, (place, loss) in enumerate(terms)]), data, budget=SMALL, seed=2, progress=False)
+        states.append(torch.cat([v.flatten().double() for v in net.state_dict().values()]))
+    live, *cached = states
+    assert torch.equal(*cached) and 0 < (cached[0] - live).norm() < .05 * (live - start).norm()
+
+
+def silent_after(n):
+    left = [n]
+    def hook(*_):
+        left[0] -= 1
+        if left[0] < 0: raise AssertionError('the live teacher was run')
+    return hook
 
 
 # --- killed, shared, damaged

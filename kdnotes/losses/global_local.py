@@ -148,15 +148,14 @@ def local_logits(
                          f'Conv2d; {type(classifier).__name__} gave {tuple(scores.shape)}')
     return at_least_float32(scores)
 
-# %% ../../nbs/losses/12_global_local.ipynb #b8c691d4
+# %% ../../nbs/losses/12_global_local.ipynb #23e9b213
 class GlobalLocal(nn.Module):
-    """GLD without its task loss: alpha * L_global + sum over the d*d tiles of L_ND + beta * L_relation.
+    """GLD without its task loss: alpha * L_global + local * sum over the d*d tiles of L_ND + beta * L_relation.
 
     Called `loss(student_features, teacher_features, student_classifier, teacher_classifier)`; features
     (B,C,H,W) of equal batch and map, of any widths; each goes through its own classifier, to the same K
     classes. The student's classifier learns through the loss; the teacher's side is detached. Returns a 0-dim
-    tensor.
-    Raises ValueError naming both shapes.
+    tensor; raises ValueError naming both shapes.
     The relation is taken over all B*(d*d + 1) rows of the batch, gathered from all processes if there are
     several; under gradient accumulation it sees one micro-batch at a time and is another function.
     Source: Kim et al., ICCV 2021; the paper's 1 - alpha is the factor of the task loss."""
@@ -164,13 +163,14 @@ class GlobalLocal(nn.Module):
     def __init__(self, *,
                  alpha: float = 0.7,     # of the global term
                  beta: float = 500.,     # of the relation; the paper's, for its 320 rows
+                 local: float = 1.,      # of the tiles; 1 in the paper, 0 leaves them out
                  divisions: int = 2):    # d tiles per side
         super().__init__()
-        if not all(0 <= v < float('inf') for v in (alpha, beta)):
-            raise ValueError(f'alpha and beta are numbers >= 0, got {alpha!r} and {beta!r}')
+        if not all(0 <= v < float('inf') for v in (alpha, beta, local)):
+            raise ValueError(f'alpha, beta and local are numbers >= 0, got {alpha!r}, {beta!r} and {local!r}')
         if not isinstance(divisions, int) or divisions < 1:
             raise ValueError(f'divisions is an integer >= 1, got {divisions!r}')
-        self.alpha, self.beta, self.divisions = float(alpha), float(beta), divisions
+        self.alpha, self.beta, self.local, self.divisions = float(alpha), float(beta), float(local), divisions
 
     def forward(self,
                 student: Tensor,                  # features, (B,C,H,W); differentiable
@@ -178,13 +178,14 @@ class GlobalLocal(nn.Module):
                 student_classifier: nn.Module,    # student's features to class scores; differentiable
                 teacher_classifier: nn.Module,    # teacher's features to class scores
                 ) -> Tensor:                      # 0-dim, float32 or float64
-        "The three terms, weighted and added."
         check_pair(student, teacher, layout='BCHW', free='C')
         cuts = 1, self.divisions
         ours = [local_logits(student, student_classifier, d) for d in cuts]                    # (1)
         with torch.no_grad(): theirs = [local_logits(teacher, teacher_classifier, d) for d in cuts]
         in_global, in_local = (NormalizedLogits()(*pair) for pair in zip(ours, theirs))
         between = DenseRelation()(torch.cat(ours), torch.cat(theirs))         # n globals, then n*L locals
-        return self.alpha * in_global + self.divisions**2 * in_local + self.beta * between     # (6)
+        tiles = self.local * self.divisions**2                                # L_ND is their mean
+        return self.alpha * in_global + tiles * in_local + self.beta * between                 # (6)
 
-    def extra_repr(self): return f'alpha={self.alpha:g}, beta={self.beta:g}, divisions={self.divisions}'
+    def extra_repr(self):
+        return f'alpha={self.alpha:g}, beta={self.beta:g}, local={self.local:g}, divisions={self.divisions}'

@@ -272,8 +272,7 @@ class KnowledgeAdaptation(nn.Module):
     (B,teacher_channels,H,W), 0-dim; (h, w) is the encoder's map: with strides (2,1,1) half of (H, W), rounded
     up. RuntimeError before `prepare`; ValueError naming both shapes if they do not fit. The adapters belong
     into the student's optimiser; the encoder is frozen. Source: He et al., CVPR 2019, arXiv 1903.04688."""
-    any_channels, any_size = True, True     # it brings its adapters, and the encoder changes the map's size
-    min_channels, needs_map = 2, True
+    any_channels, any_size, min_channels, needs_map = True, True, 2, True    # own adapters; the code's map
     prepare, parts, fitted = _prepare, _parts, property(lambda self: self.encoder.fitted)
     def __init__(self,
                  student_channels: int,               # of the student's features
