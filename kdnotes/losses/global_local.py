@@ -148,7 +148,7 @@ def local_logits(
                          f'Conv2d; {type(classifier).__name__} gave {tuple(scores.shape)}')
     return at_least_float32(scores)
 
-# %% ../../nbs/losses/12_global_local.ipynb #23e9b213
+# %% ../../nbs/losses/12_global_local.ipynb #c7a83fb2
 class GlobalLocal(nn.Module):
     """GLD without its task loss: alpha * L_global + local * sum over the d*d tiles of L_ND + beta * L_relation.
 
@@ -184,8 +184,7 @@ class GlobalLocal(nn.Module):
         with torch.no_grad(): theirs = [local_logits(teacher, teacher_classifier, d) for d in cuts]
         in_global, in_local = (NormalizedLogits()(*pair) for pair in zip(ours, theirs))
         between = DenseRelation()(torch.cat(ours), torch.cat(theirs))         # n globals, then n*L locals
-        tiles = self.local * self.divisions**2                                # L_ND is their mean
-        return self.alpha * in_global + tiles * in_local + self.beta * between                 # (6)
+        return self.alpha * in_global + self.local * self.divisions**2 * in_local + self.beta * between    # (6)
 
     def extra_repr(self):
         return f'alpha={self.alpha:g}, beta={self.beta:g}, local={self.local:g}, divisions={self.divisions}'
