@@ -294,7 +294,7 @@ def _reader_of(net, path, card):
 
 _WRITERS = {'.safetensors': _write_safetensors, '.onnx': _write_onnx, '.pt2': _write_torch}
 
-# %% ../nbs/training/13_export.ipynb #000b38bd
+# %% ../nbs/training/13_export.ipynb #78d6f628
 TOLERANCE = 1e-4     # of the largest score
 
 def _images(size, free):
@@ -319,8 +319,8 @@ def _compared(net, run, images):
             gap, largest = float((got - expected).abs().max()), float(expected.abs().max())
             share = gap / largest if largest else float(gap > 0)
             if not share <= TOLERANCE:                                          # also if it is not a number
-                raise RuntimeError(f'{where} file and network differ in {name} '
-                                   f'by {share:.1e} of the largest score')
+                raise RuntimeError(f'{where} file and network differ by {share:.1e} of the largest score '
+                                   f'({name})')
             worst = dict(zip(worst, (max(a, b) for a, b in zip(worst.values(), (gap, share)))))
     return {**worst, 'images': [list(image.shape) for image in images]}
 

@@ -271,13 +271,13 @@ def picture(self: Classification,
                         ha='center', va='top', color='black' if k == truth else 'tab:red')
     return fig
 
-# %% ../nbs/training/03_tasks.ipynb #431fc1b5
+# %% ../nbs/training/03_tasks.ipynb #b3170151
 class Detection:
     """Object detection: batches have `image` (B,3,H,W), `boxes` (B,M,4) and `labels` (B,M).
 
     Boxes are xyxy in pixels; a row with the label -1 is no box. ValueError for names that do not fit."""
     name, metric, higher_is_better, default_tap = 'detection', 'map', True, 'logits'
-    logits_are_map = False    # they are a list of anchors: neighbours in it are none in the picture
+    logits_are_map = False    # neighbours in a list of anchors are none in the image
 
     def __init__(self,
                  num_classes: int,                # number of classes, 1 or more; background is none of them
@@ -298,7 +298,7 @@ class Detection:
         "The scores before the boxes are chosen, as a map for losses over dim 1; see `Detector`."
         return _found_by_detector(output).logits()
 
-# %% ../nbs/training/03_tasks.ipynb #d63cba8e
+# %% ../nbs/training/03_tasks.ipynb #21f10d05
 def _found_by_detector(output):
     "The output itself; TypeError if it is not what a `Detector` returns."
     methods = 'losses', 'detections', 'logits'
@@ -307,7 +307,7 @@ def _found_by_detector(output):
                     'an object with losses(), detections() and logits()')
 
 def _true_boxes(batch, num_classes):
-    "Boxes and labels of each image, without the fillers; ValueError for other forms, labels and empty boxes."
+    "Boxes and labels of each image, without the fillers; ValueError for other forms, labels and boxes."
     boxes, labels = batch['boxes'], batch['labels']
     fits = boxes.dim() == 3 and boxes.shape[2] == 4 and labels.shape == boxes.shape[:2]
     if not fits or labels.dtype != torch.int64:
@@ -317,9 +317,9 @@ def _true_boxes(batch, num_classes):
     if not known.all():
         raise ValueError(f'label {int(labels[~known][0])} is no class of 0..{num_classes - 1}, '
                          'nor -1 (no box)')
-    flat = own & ~(boxes[..., 2:] > boxes[..., :2]).all(-1)
-    if flat.any():
-        raise ValueError(f'box {boxes[flat][0].tolist()} has no area: expected x1 < x2 and y1 < y2')
+    wrong = own & ~((boxes[..., 2:] > boxes[..., :2]).all(-1) & boxes.isfinite().all(-1))
+    if wrong.any():
+        raise ValueError(f'box {boxes[wrong][0].tolist()}: expected finite x1 < x2 and y1 < y2')
     return [b[o] for b, o in zip(boxes, own)], [y[o] for y, o in zip(labels, own)]
 
 # %% ../nbs/training/03_tasks.ipynb #e9ed1c3c
@@ -371,20 +371,28 @@ def predict(self: Detection,
     "The boxes that the detector settles on, best first, at all scores that it lets through."
     return _found_by_detector(output).detections()
 
-# %% ../nbs/training/03_tasks.ipynb #430986b0
+# %% ../nbs/training/03_tasks.ipynb #56a8b326
+def _counted(image):
+    "One image's detections on the CPU; one that is no numbers becomes the first of all, on a box without area."
+    boxes, scores, labels = (image[k].detach().cpu() for k in ('boxes', 'scores', 'labels'))
+    broken = ~(boxes.isfinite().all(1) & scores.isfinite())
+    return {'boxes': boxes.masked_fill(broken[:, None], 0), 'scores': scores.masked_fill(broken, inf),
+            'labels': labels}
+
 @patch
 def score(self: Detection,
           scores: MeanAveragePrecision,   # from `self.scores()`
           output,                         # what a `Detector` returned
           batch: dict):                   # with `boxes` and `labels`
     "Count one batch; ValueError if the detector knows other classes than the task."
-    found = [{k: v.detach().cpu() for k, v in image.items()} for image in self.predict(output, batch)]
+    found = [_counted(image) for image in self.predict(output, batch)]
     most = max((int(image['labels'].max()) for image in found if len(image['labels'])), default=-1)
     if most >= self.num_classes:
         raise ValueError(f"the detector found class {most}, the task's are 0..{self.num_classes - 1}")
     truth = [{'boxes': b.cpu(), 'labels': y.cpu()} for b, y in zip(*_true_boxes(batch, self.num_classes))]
     scores.update(found, truth)
 
+# %% ../nbs/training/03_tasks.ipynb #2e514f40
 @patch
 def results(self: Detection,
             scores: MeanAveragePrecision,   # after one or more `score`
@@ -392,19 +400,20 @@ def results(self: Detection,
     "The scores as plain numbers, fractions in 0..1."
     found = scores.compute()
     number = lambda x: None if x < 0 else float(x)              # COCO says -1
-    each = dict(zip(found['classes'].flatten().tolist(), found['map_per_class'].flatten().tolist()))
+    ids, aps = found['classes'], found.get('map_per_class', torch.empty(0))      # none if no image was scored
+    each = dict(zip(ids.flatten().tolist(), aps.flatten().tolist()))
     return {**{name: number(found[theirs]) for name, theirs in
                (('map', 'map'), ('map50', 'map_50'), ('map75', 'map_75'))},
             **{f'map/{name}': number(each.get(c, -1)) for c, name in enumerate(self.classes)}}
 
-# %% ../nbs/training/03_tasks.ipynb #3c392f12
+# %% ../nbs/training/03_tasks.ipynb #53b96764
 def _draw_boxes(ax, image, found, task, threshold):
-    "The image, and over it those boxes that reach the threshold; truth has no scores."
+    "The image, and over it the boxes whose score reaches the threshold; boxes without scores all."
     ax.imshow(np.asarray(image).transpose(1, 2, 0), interpolation='nearest'); ax.axis('off')
     boxes, labels = found['boxes'], found['labels']
     scores = found.get('scores', torch.ones(len(boxes)))
     for (x1, y1, x2, y2), label, s in zip(*(torch.as_tensor(v).tolist() for v in (boxes, labels, scores))):
-        if s < threshold or label < 0: continue
+        if not s >= threshold or label < 0: continue
         for colour, width in (('black', 2.2), (np.asarray(task.palette[label]) / 255, 1.2)):
             ax.add_patch(plt.Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width))
 
@@ -427,7 +436,7 @@ def picture(self: Detection,
                frameon=False)
     return fig
 
-# %% ../nbs/training/03_tasks.ipynb #e97f4e0a
+# %% ../nbs/training/03_tasks.ipynb #cfd87f56
 class Depth:
     """Depth from one image: batches have `image` (B,3,H,W) and `depth` (B,H,W), metres, 0 where not known.
 
@@ -456,14 +465,16 @@ class Depth:
     def __repr__(self):
         return f'Depth(nearest={self.nearest:g}, farthest={self.farthest:g}, bins={self.bins})'
 
-    def logits(self, output) -> Tensor:           # what the network returned
-        "The map (B,1,h,w) of log depth, or (B,bins,h,w) of scores; ValueError for other channels."
-        z = main_output(output)
-        if z.dim() != 4 or z.shape[1] != self.num_classes:
-            raise ValueError(f'expected a map (B, {self.num_classes}, h, w), got {tuple(z.shape)}')
-        return z
+# %% ../nbs/training/03_tasks.ipynb #150d89fc
+@patch
+def logits(self: Depth,
+           output) -> Tensor:   # what the network returned
+    "The map (B,1,h,w) of log depth, or (B,bins,h,w) of scores; ValueError for other channels."
+    z = main_output(output)
+    if z.dim() != 4 or z.shape[1] != self.num_classes:
+        raise ValueError(f'expected a map (B, {self.num_classes}, h, w), got {tuple(z.shape)}')
+    return z
 
-# %% ../nbs/training/03_tasks.ipynb #b49b8ab6
 def _known(batch):
     "Depth, and where it is known: a positive, finite number. ValueError for another form."
     depth = batch['depth']
@@ -472,12 +483,13 @@ def _known(batch):
                          f'got {tuple(depth.shape)} of {depth.dtype}')
     return depth, (depth > 0) & depth.isfinite()
 
-def _enlarged(z, size):
-    "The map in float32 or more, bilinear in this size."
-    z = at_least_float32(z)
+def _enlarged(z, like):
+    "The map in float32 or more, bilinear in the size of `like`; ValueError for another number of images."
+    if len(z) != len(like): raise ValueError(f'maps of {len(z)} images, but depth or images of {len(like)}')
+    z, size = at_least_float32(z), like.shape[-2:]
     return z if z.shape[-2:] == size else F.interpolate(z, size, mode='bilinear')
 
-# %% ../nbs/training/03_tasks.ipynb #913e0203
+# %% ../nbs/training/03_tasks.ipynb #912a7dca
 @patch
 def loss(self: Depth,
          output,                  # what the network returned
@@ -487,7 +499,7 @@ def loss(self: Depth,
     if self.bins: return _cross_entropy(z, self.labels(batch), self.ignore_index)
     depth, valid = _known(batch)
     target = depth.where(valid, 1).to(at_least_float32(z).dtype).log()
-    error = (_enlarged(z, depth.shape[-2:])[:, 0] - target).abs()
+    error = (_enlarged(z, depth)[:, 0] - target).abs()
     return error.where(valid, 0).sum() / valid.sum().clamp(min=1)                       # (4)
 
 @patch
@@ -506,7 +518,7 @@ def labels(self: Depth,
     depth, valid = _known(batch)
     return torch.bucketize(depth, self.edges[1:-1].to(depth), right=True).where(valid, self.ignore_index)
 
-# %% ../nbs/training/03_tasks.ipynb #78ef1510
+# %% ../nbs/training/03_tasks.ipynb #06153b32
 @patch
 def scores(self: Depth) -> CatMetric:
     "Fresh counters for a validation set: feed them with `score`, read them with `results`."
@@ -517,7 +529,7 @@ def predict(self: Depth,
             output,                   # what the network returned
             batch: dict) -> Tensor:   # (B,H,W) float, metres
     "Depth in the size of the batch's depth (of its image if it has none), clamped to nearest..farthest."
-    z = _enlarged(self.logits(output), batch['depth' if 'depth' in batch else 'image'].shape[-2:])
+    z = _enlarged(self.logits(output), batch['depth' if 'depth' in batch else 'image'])
     if self.bins is None: return z[:, 0].exp().clamp(self.nearest, self.farthest)
     centres = self.edges.log().unfold(0, 2, 1).mean(1).to(z)                            # c of (6)
     return torch.einsum('bkhw,k->bhw', z.softmax(1), centres).exp()                     # (6)

@@ -1048,10 +1048,21 @@ def test_an_image_without_boxes_works_everywhere(none):
 @pytest.mark.parametrize('change,rule', [
     (dict(boxes=torch.zeros(4, 5)), r'boxes must be \(N,4\), got \(4, 5\)'), (dict(boxes=torch.zeros(4)), r'boxes must be \(N,4\), got \(4,\)'),
     (dict(labels=torch.zeros(3)), r'2 boxes, but labels of shape \(3,\)'), (dict(box_labels=[1]), r'2 boxes, but box_labels of shape \(1,\)'),
-    (dict(labels=torch.zeros(2, 1)), r'labels of shape \(2, 1\)')])
+    (dict(labels=torch.zeros(2, 1)), r'labels of shape \(2, 1\)'), (dict(boxes=[[0, 0, 1, 1], [4, 4, 6, 3]]), r'box \[4.0, 4.0, 6.0, 3.0\]: expected finite'),
+    (dict(boxes=[[0, 0, 1, 1], [4, 4, 3, 6]]), r'box \[4.0, 4.0, 3.0, 6.0\]: expected finite'), (dict(boxes=[[0, 0, float('nan'), 1]] * 2), 'box .*nan.*: expected finite'),
+    (dict(boxes=[[0, 0, 1, float('inf')]] * 2), 'box .*inf.*: expected finite')])
 def test_lists_that_do_not_fit_are_refused(change, rule):
     sample = dict(image=torch.zeros(3, 8, 8, dtype=torch.uint8), boxes=torch.zeros(2, 4), labels=torch.zeros(2)) | change
     with pytest.raises(ValueError, match=rule): D.eval_transform()(sample)
+
+
+def test_boxes_of_another_format_are_converted():
+    sample = dict(image=torch.zeros(3, 20, 20, dtype=torch.uint8), labels=[1])
+    for kind, box in (('XYXY', [2, 4, 8, 6]), ('XYWH', [2, 4, 6, 2]), ('CXCYWH', [5, 5, 6, 2])):
+        given = tv_tensors.BoundingBoxes([box], format=kind, canvas_size=(20, 20))
+        out = D.eval_transform()(sample | dict(boxes=given))['boxes']
+        assert type(out) is torch.Tensor and out.dtype == torch.float32 and out.tolist() == [[2, 4, 8, 6]], kind
+        assert given.tolist() == [box]
 
 
 def test_resized(tmp_path):

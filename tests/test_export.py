@@ -7,15 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.ops import batched_nms
 
 import kdnotes.export as export
 from kdnotes.compare import train
 from kdnotes.distiller import Distiller
 from kdnotes.export import build_network, card_path, export_student, load_student, network_plan, open_run, read_card
-from kdnotes.networks import cifar_resnet, deeplabv3, espnetc, pspnet, tiny_student, tiny_teacher
+from kdnotes.networks import (cifar_resnet, deeplabv3, deeplabv3plus, encoder_decoder, espnetc, faster_rcnn, fcos, pspnet, retinanet, ssd, tiny_depth_student,
+                              tiny_depth_teacher, tiny_detector_student, tiny_detector_teacher, tiny_student, tiny_teacher)
 from kdnotes.recipes import RECIPES, scenes_data, scenes_recipe
 from kdnotes.taps import Taps
-from kdnotes.tasks import Segmentation, main_output
+from kdnotes.tasks import Depth, Segmentation, main_output
 
 needs_onnx = pytest.mark.skipif(not (importlib.util.find_spec('onnx') and importlib.util.find_spec('onnxscript')),
                                 reason='ONNX export: onnx and onnxscript are not installed (pip install "kdnotes[onnx]")')
@@ -76,6 +78,127 @@ def test_without_onnxruntime_the_reference_checks(tmp_path, monkeypatch):
     monkeypatch.setattr(export, '_onnx_runner', lambda: 'onnx')
     card = export_student(tiny_student(3), tmp_path / 's.onnx', size=(32, 48), progress=False)
     assert card['check']['by'].startswith('onnx ') and card['check']['of the largest score'] < 1e-5
+
+
+# --- boxes and depths
+
+SMALL = dict(num_classes=3, channels=16)
+DETECTORS = {'fcos': partial(fcos, 'resnet18', convs=1, **SMALL), 'retinanet': partial(retinanet, 'resnet18', convs=1, ratios=[.5, 1.], **SMALL),
+             'ssd': partial(ssd, 'resnet18', num_classes=3, extra=[16, 16]), 'tiny': partial(tiny_detector_student, 3)}
+def body(): return nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU(), AsList())      # exporting a ResNet takes ten times as long
+
+
+class AsList(nn.Module):
+    "map -> [map]"
+    def forward(self, x): return [x]
+
+
+def unsure(kind):
+    "A fresh detector that lets low scores through, or it would find nothing."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        detector = (DETECTORS[kind]() if kind == 'tiny' else DETECTORS[kind].func(body(), **{'extra': 'pool', **DETECTORS[kind].keywords})).eval()
+    detector.net.score_thresh = .005
+    for m in detector.modules():
+        if isinstance(m, nn.Conv2d) and m.out_channels in (3, 6, 18): m.weight.data.mul_(20)       # and different ones
+    return detector
+
+
+def chosen(scores, boxes, rules):
+    "What the card says is still to be done, for one image."
+    anchor, label = (scores > rules['score_thresh']).nonzero().T
+    keep = batched_nms(boxes[anchor], scores[anchor, label], label, rules['nms_thresh'])[:rules['detections_per_img']]
+    return {'boxes': boxes[anchor][keep], 'scores': scores[anchor, label][keep], 'labels': label[keep]}
+
+
+@pytest.mark.parametrize('kind', DETECTORS)
+def test_detectors_as_graphs_of_torch(kind, tmp_path):
+    detector = unsure(kind)
+    card = export_student(detector, tmp_path / 'd.pt2', size=(32, 64), progress=False)
+    assert card['check']['of the largest score'] < 1e-6 and 'batch' in card['check']['free']
+    image = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(1))
+    scores, boxes = torch.export.load(tmp_path / 'd.pt2').module()(image)
+    with torch.no_grad(): found = detector(image).detections()
+    rules = card['output']['still to be done']
+    assert scores.shape == (2, boxes.shape[1], 3) and 0 <= scores.min() and scores.max() <= 1 and boxes.shape[2] == 4
+    for i, f in enumerate(found):
+        for k, v in chosen(scores[i], boxes[i], rules).items(): assert torch.allclose(v, f[k], atol=1e-4), k
+        assert 5 < len(f['scores'])
+
+
+@needs_onnx
+@pytest.mark.parametrize('kind', ['tiny', 'retinanet', pytest.param('ssd', marks=pytest.mark.soak)])
+def test_detectors_as_onnx(kind, tmp_path):
+    import onnx, onnxruntime
+    detector = unsure(kind)
+    card = export_student(detector, tmp_path / 'd.onnx', size=(32, 64), progress=False)
+    assert card['check']['by'].startswith('onnxruntime ') and card['check']['of the largest score'] < 1e-4
+    assert [o.name for o in onnx.load(tmp_path / 'd.onnx').graph.output] == ['scores', 'boxes']
+    image = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(1))
+    scores, boxes = map(torch.from_numpy, onnxruntime.InferenceSession(tmp_path / 'd.onnx').run(None, {'image': image.numpy()}))
+    with torch.no_grad(): found = detector(image).detections()
+    for i, f in enumerate(found):
+        got = chosen(scores[i], boxes[i], card['output']['still to be done'])
+        assert len(got['scores']) == len(f['scores']) > 5 and torch.allclose(got['scores'], f['scores'], atol=1e-5)
+
+
+@pytest.mark.parametrize('build', [*DETECTORS.values(), partial(tiny_detector_teacher, 3), partial(faster_rcnn, 'resnet18', hidden=16, **SMALL)],
+                         ids=lambda b: b.func.__name__)
+def test_detectors_are_read_back(build, tmp_path):
+    detector = build().eval()
+    export_student(detector, tmp_path / 'd.safetensors', size=(64, 96), about={'network': network_plan(build)}, progress=False)
+    back, card = load_student(tmp_path / 'd.safetensors')
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad(): assert torch.equal(back(image).logits(), detector(image).logits())
+    assert type(back.net) is type(detector.net) and list(card['output']) == ['detections()']
+    assert load_file(tmp_path / 'd.safetensors').keys() == detector.state_dict().keys()
+
+
+@pytest.mark.parametrize('ending', ['.onnx', '.pt2'])
+def test_two_stages_are_refused_as_a_graph(ending, tmp_path):
+    with pytest.raises(ValueError, match='Faster R-CNN .* Share it as .safetensors, or train a RetinaNet, FCOS or SSD'):
+        export_student(faster_rcnn('resnet18', hidden=16, **SMALL), tmp_path / f'd{ending}', size=(64, 64))
+    assert left(tmp_path) == []
+
+
+def test_a_detector_that_was_written_wrongly_is_noticed(tmp_path, monkeypatch):
+    "Each of the two outputs."
+    right, build = export._WRITERS['.safetensors'], partial(tiny_detector_student, 3)
+    for layer, name in (('classification_head.cls_logits', 'scores'), ('regression_head.bbox_reg', 'boxes')):
+        def lies(net, file, image, free):
+            weight = net.get_submodule(f'net.head.{layer}').weight.data
+            weight.add_(.01); right(net, file, image, free); weight.sub_(.01)
+        monkeypatch.setitem(export._WRITERS, '.safetensors', lies)
+        with pytest.raises(RuntimeError, match=f'is not written.*differ by.*{name}'):
+            export_student(build(), tmp_path / 'd.safetensors', size=(64, 64), about={'network': network_plan(build)})
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize('build', [partial(tiny_depth_student, 1), partial(tiny_depth_teacher, 8), partial(encoder_decoder, 'resnet18', out_channels=1, channels=16),
+                                   partial(deeplabv3plus, 'resnet18', num_classes=4, channels=16)], ids=lambda b: b.func.__name__)
+def test_depth_networks_and_decoders_travel(build, tmp_path):
+    net = build().eval()
+    for ending in ('.safetensors', '.pt2')[:1 + (build.func is tiny_depth_teacher or build.func is deeplabv3plus)]:
+        card = export_student(net, tmp_path / f's{ending}', size=(64, 96), about={'network': network_plan(build)}, progress=False)
+        assert card['check']['of the largest score'] < 1e-5 and 'height' in card['check']['free']
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad(): assert torch.equal(load_student(tmp_path / 's.safetensors')[0](image)['out'], net(image)['out'])
+
+
+@needs_onnx
+def test_depth_as_onnx(tmp_path):
+    card = export_student(tiny_depth_student(8), tmp_path / 's.onnx', size=(32, 48), progress=False)
+    assert card['check']['of the largest score'] < 1e-4 and card['check']['by'].startswith('onnxruntime ')
+
+
+@pytest.mark.parametrize('bins', [None, 6])
+def test_the_card_of_a_depth_run_leads_to_metres(bins):
+    task = Depth(nearest=1., farthest=60., bins=bins)
+    said, z = export._metres(task), torch.randn(1, task.num_classes, 8, 8, dtype=torch.float64)
+    if bins: edges = torch.tensor(said['depth']['edges']).log(); metres = (z.softmax(1) * ((edges[1:] + edges[:-1]) / 2)[None, :, None, None]).sum(1).exp()
+    else: metres = z[:, 0].exp().clamp(said['depth']['nearest'], said['depth']['farthest'])
+    assert torch.allclose(metres, task.predict({'out': z}, {'image': torch.zeros(1, 3, 8, 8)})) and ('softmax' in said['output']['out']) == bool(bins)
+    assert export._metres(Segmentation(3)) == {}
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

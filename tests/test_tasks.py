@@ -151,6 +151,22 @@ def test_half_depth_is_computed_in_float32(dtype, bins):
         assert f(z, {'depth': depth}).dtype == torch.float32 and torch.equal(f(z, {'depth': depth}), f(z.float(), {'depth': depth}))
 
 
+@pytest.mark.parametrize('bins', [None, 4])
+def test_depth_maps_of_other_images_are_refused(bins):
+    task, z, depth = Depth(nearest=1, farthest=20, bins=bins), torch.randn(1, bins or 1, 3, 4), torch.ones(3, 3, 4)
+    with pytest.raises(ValueError, match='maps of 1 images, but depth or images of 3'): task.predict(z, {'depth': depth})
+    with pytest.raises(ValueError, match='1.*3'): task.loss(z, {'depth': depth})
+
+
+@pytest.mark.parametrize('bins', [2, 5, 255])
+def test_the_ends_of_the_range_are_inside(bins):
+    task, ends = Depth(nearest=1, farthest=60, bins=bins), torch.tensor([[[.01, 1, 60, 600]]])
+    assert task.labels({'depth': ends}).tolist() == [[[0, 0, bins - 1, bins - 1]]]
+    regression = Depth(nearest=1, farthest=60)
+    assert regression.predict(ends.log()[None], {'depth': ends}).tolist() == [[[1, 1, pytest.approx(60), 60]]]
+    assert regression.loss(ends.log()[None], {'depth': ends}) == 0 and regression.count({'depth': ends}) == 4
+
+
 @quick
 @given(bins=st.integers(2, 255), nearest=st.floats(.1, 5), factor=st.floats(1.5, 100), seed=st.integers(0, 10**6))
 def test_a_bin_is_what_its_edges_say(bins, nearest, factor, seed):
@@ -233,6 +249,36 @@ def test_average_precision_is_cocos_definition(seed, images, classes, whole, par
     expected = {'map': mean(there), 'map50': mean([a[0] for a in there]), 'map75': mean([a[5] for a in there]),
                 **{f'map/class {c}': None if aps[0] is None else float(np.mean(aps)) for c, aps in enumerate(each)}}
     agree(results, expected)
+
+
+NAN, INF = float('nan'), float('inf')
+
+@pytest.mark.parametrize('box,score', [([NAN] * 4, .9), ([0, 0, NAN, 10], .1), ([0, 0, INF, INF], .9), ([0, 0, 10, 10], NAN), ([0, 0, 10, 10], INF), ([NAN] * 4, NAN)])
+def test_detections_that_are_no_numbers_earn_nothing(box, score):
+    truth = {'boxes': torch.tensor([[0., 0, 10, 10]]), 'labels': torch.tensor([0])}
+    broken = {'boxes': torch.tensor([box]).float(), 'labels': torch.tensor([0]), 'scores': torch.tensor([score])}
+    found = {'boxes': torch.cat([broken['boxes'], truth['boxes']]), 'labels': torch.tensor([0, 0]), 'scores': torch.tensor([score, .9])}
+    assert detected(Detection(1), [broken], [truth])['map'] == 0
+    assert detected(Detection(1), [found], [truth])['map'] == pytest.approx(.5)                        # it comes first
+
+
+@pytest.mark.filterwarnings('ignore:The ``compute`` method')
+def test_without_images_there_are_no_detection_or_depth_scores():
+    for task in (Detection(2), Depth(nearest=1, farthest=9)): assert set(task.results(task.scores()).values()) == {None}
+
+
+@pytest.mark.parametrize('box', [[0., 0, INF, 10], [0, NAN, 10, 10], [5, 5, 5, 9], [9, 0, 5, 5]])
+def test_true_boxes_are_boxes(box):
+    with pytest.raises(ValueError, match='expected finite x1 < x2 and y1 < y2'):
+        detected(Detection(1), [{'boxes': torch.zeros(0, 4), 'labels': torch.zeros(0).long(), 'scores': torch.zeros(0)}],
+                 [{'boxes': torch.tensor([box]), 'labels': torch.tensor([0])}])
+
+
+@pytest.mark.parametrize('kind', [torch.int64, torch.float16, torch.float64])
+def test_boxes_of_any_number_type_are_scored(kind):
+    boxes, labels = torch.tensor([[0, 0, 10, 10], [20, 4, 40, 8]], dtype=kind), torch.tensor([0, 1])
+    found = {'boxes': boxes, 'labels': labels, 'scores': torch.tensor([.5, .25], dtype=kind if kind.is_floating_point else torch.float32)}
+    assert detected(Detection(2), [found], [{'boxes': boxes, 'labels': labels}])['map'] == 1
 
 
 def test_scoring_says_nothing(capfd):

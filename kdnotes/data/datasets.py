@@ -120,22 +120,31 @@ def relabel(
                          f"classes {_spans(ids.keys() - void)} and ignored {_spans(void)}")
     return tv_tensors.Mask(house)
 
-# %% ../../nbs/data/02_datasets.ipynb #e755f4da
+# %% ../../nbs/data/02_datasets.ipynb #f1f3999e
 BOX_LABELS = ("labels", "box_labels")   # what has one row per box, and goes where its box goes
+
+def _xyxy(boxes):
+    "Boxes as float32 (N,4), also of v2's other formats; an empty list of any form is no box."
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        boxes = v2.functional.convert_bounding_box_format(boxes, new_format="XYXY").as_subclass(Tensor)
+    boxes = torch.as_tensor(boxes, dtype=torch.float32)
+    if not boxes.numel(): return boxes.reshape(0, 4)
+    if boxes.shape[1:] != (4,): raise ValueError(f"boxes must be (N,4), got {tuple(boxes.shape)}")
+    wrong = ~((boxes[:, 2:] >= boxes[:, :2]).all(1) & boxes.isfinite().all(1))
+    if wrong.any(): raise ValueError(f"box {boxes[wrong][0].tolist()}: expected finite x0 <= x1 and y0 <= y1")
+    return boxes
 
 def typed(
     sample: dict,  # image uint8 (3,H,W); perhaps mask (H,W), depth (H,W), boxes (N,4) xyxy; other keys pass
 ) -> dict:
-    "The sample in v2's types, so that one draw moves it all; ValueError for other shapes or unequal lists."
+    "The sample in v2's types, so that one draw moves it all; ValueError for other shapes, boxes, unequal lists."
     image = tv_tensors.Image(sample["image"])
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image must be uint8 (3,H,W), got {image.dtype} {tuple(image.shape)}")
     kinds = {"image": tv_tensors.Image, "mask": tv_tensors.Mask, "depth": DepthMap}
     out = {key: kinds[key](value) if key in kinds else value for key, value in sample.items()}
     if "boxes" in out:
-        boxes = torch.as_tensor(out["boxes"], dtype=torch.float32)
-        if not boxes.numel(): boxes = boxes.reshape(0, 4)          # an empty list is no box, too
-        if boxes.shape[1:] != (4,): raise ValueError(f"boxes must be (N,4), got {tuple(boxes.shape)}")
+        boxes = _xyxy(out["boxes"])
         for key in (key for key in BOX_LABELS if key in out):
             out[key] = torch.as_tensor(out[key], dtype=torch.int64)
             if out[key].shape != boxes.shape[:1]:
@@ -373,7 +382,7 @@ class ADE20K(PublicSegmentation):
         part = {"train": "training", "val": "validation"}[split]
         return pair_by_stem(folder / "images" / part, folder / "annotations" / part)
 
-# %% ../../nbs/data/02_datasets.ipynb #2213e0a8
+# %% ../../nbs/data/02_datasets.ipynb #1d4f5df7
 def read_list(
     file: str | Path,  # text, one name a line
 ) -> list:             # of names, in the file's order
@@ -389,7 +398,7 @@ def read_list(
     return names
 
 def _listed_pairs(file, images, others, end=".png"):
-    "NAME.jpg and NAME.png for every name of a list; FileNotFoundError if one is not there."
+    "NAME.jpg and NAME + end for every name of a list; FileNotFoundError if one is not there."
     pairs = [(images / f"{name}.jpg", others / f"{name}{end}") for name in read_list(file)]
     gone = [str(f) for pair in pairs for f in pair if not f.is_file()]
     if gone:
@@ -450,7 +459,7 @@ class PascalContext(PublicSegmentation):
         return _listed_pairs(folder / f"ImageSets/SegmentationContext/{split}.txt", folder / "JPEGImages",
                              folder / "SegmentationClassContext")
 
-# %% ../../nbs/data/02_datasets.ipynb #ed81ff1f
+# %% ../../nbs/data/02_datasets.ipynb #2b8e542c
 class DepthFolder(RawSet):
     "Images and depth maps of the same names in two folders: dict(image, depth (H,W) in metres, 0 = invalid)."
     task, ignored = "depth", "depth 0"
@@ -469,6 +478,7 @@ class DepthFolder(RawSet):
         _same_size(depth_file, depth.shape, image_file, image)
         return {"image": image, "depth": depth}
 
+# %% ../../nbs/data/02_datasets.ipynb #b8a19c41
 class PublicDepth(DepthFolder):
     "A depth set below a data root, a folder of pairs for each split."
     def __init__(self,
@@ -765,7 +775,7 @@ class CIFAR100(RawSet):
     def __getitem__(self, index):
         return {"image": tv_tensors.Image(self.pictures[index]), "label": self.labels[index]}
 
-# %% ../../nbs/data/02_datasets.ipynb #be254ea0
+# %% ../../nbs/data/02_datasets.ipynb #3dd60c67
 def _read_npz(file, *names):
     "Arrays of an archive of NumPy's; ValueError if one is missing or anything else than plain data."
     if not file.is_file(): raise FileNotFoundError(f"{file}: this archive does not exist")
@@ -774,6 +784,7 @@ def _read_npz(file, *names):
     except Exception as error:
         raise ValueError(f"{file}: not an archive of plain arrays {', '.join(names)} ({error})") from error
 
+# %% ../../nbs/data/02_datasets.ipynb #cd7ac742
 class CIFAR10JPEG(RawSet):
     "CIFAR-10 from JPEG files as dict(image uint8 (3,32,32), label 0..9), below `root/cifar10-jpeg`."
     task, folder, ignored, num_classes = "classification", "cifar10-jpeg", "nothing", 10
