@@ -7,7 +7,7 @@ __all__ = ['CHANCE', 'CLAIM', 'REORDERED', 'SURE', 'ELSEWHERE', 'REPAIRED', 'BUF
            'STALE', 'OFF', 'FAINT', 'APART', 'ROUND', 'EQUAL', 'CHECKS', 'Finding', 'Diagnosis', 'diagnose',
            'plot_shares']
 
-# %% ../nbs/training/08_doctor.ipynb #2331881c
+# %% ../nbs/training/08_doctor.ipynb #cdf8279a
 import copy, math, random
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager, nullcontext
@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou
 
 from .checks import Table
@@ -29,7 +30,7 @@ from .data.datasets import IMAGENET_MEAN, IMAGENET_STD
 from .distiller import Distiller
 from .losses.knowledge_adaptation import FeatureAdapter
 from .taps import find_module, unwrap
-from .tasks import _enlarged, _known
+from .tasks import _known
 
 # %% ../nbs/training/08_doctor.ipynb #0ab74894
 _ORDER = {'fault': 0, 'warning': 1, 'note': 2}
@@ -164,7 +165,7 @@ def _best_order(counts):
     order = linear_sum_assignment(-counts.numpy())[1]
     return counts[:, torch.as_tensor(order)], order
 
-# %% ../nbs/training/08_doctor.ipynb #bfdf3611
+# %% ../nbs/training/08_doctor.ipynb #6ead9b16
 class _Truth:
     "What is right about a batch; a prediction is a sequence with the answer to each image."
     units, placed = None, True          # how many things are right or wrong, if few; do they have a place?
@@ -182,7 +183,8 @@ class _Ids(_Truth):
     "Class ids, of pixels or of images."
     what, means, least = 'agreement of teacher and labels beyond chance', 'kappa: 1 is all', 100
     def __init__(self, task, batch):
-        self.labels, self.n, ignored = task.labels(batch), task.num_classes, getattr(task, 'ignore_index', None)
+        self.labels, self.n = task.labels(batch), task.num_classes
+        ignored = getattr(task, 'ignore_index', None)
         self.kept, self.placed = (self.labels >= 0) & (self.labels < self.n), self.labels.dim() > 1
         strays = ~self.kept if ignored is None else ~self.kept & (self.labels != ignored)
         self.units, self.known = None if self.placed else len(self.labels), bool(self.kept.any())
@@ -193,7 +195,7 @@ class _Ids(_Truth):
     def chance(self, prediction): return _chance(self.counts(prediction))
     def agreement(self, prediction): return _kappa(self.counts(prediction))
 
-# %% ../nbs/training/08_doctor.ipynb #22a154e3
+# %% ../nbs/training/08_doctor.ipynb #b4bea836
 def _concordance(x, y):
     "Equation (2); NaN where the truth is nearly one number."
     if len(y) < 2 or y.std() < .05: return math.nan
@@ -210,7 +212,8 @@ class _Metres(_Truth):
         self.known, self.stop = bool(self.kept.any()), False
     def read(self, task, output, batch):
         if task.bins: return task.predict(output, batch).double().log()
-        return _enlarged(task.logits(output), batch['depth'].shape[-2:])[:, 0].double()
+        z = task.logits(output).double()
+        return F.interpolate(z, batch['depth'].shape[-2:], mode='bilinear')[:, 0]
     def both(self, prediction): return torch.stack(list(prediction))[self.kept], self.logs[self.kept]
     def hit(self, answer, i): return -(answer - self.logs[i])[self.kept[i]].abs()
     def agreement(self, prediction): return _concordance(*self.both(prediction))
@@ -221,7 +224,8 @@ class _Metres(_Truth):
         x, y = (v.median() for v in self.both(z))
         ways = {"taking the teacher's depth as inverse depth": x + y - z,
                 "taking the teacher's channel as metres, not as their logarithm": z.clamp(min=1e-6).log()}
-        if (x - y).abs() > math.log(UNITS): ways[f"dividing the teacher's depth by {(x - y).exp():.3g}"] = z - x + y
+        if (x - y).abs() > math.log(UNITS):
+            ways[f"dividing the teacher's depth by {(x - y).exp():.3g}"] = z - x + y
         return {way: (other, self) for way, other in ways.items()}
 
 # %% ../nbs/training/08_doctor.ipynb #f1c3ce7a
@@ -252,7 +256,7 @@ class _Boxes(_Truth):
         return found
     def agreement(self, prediction): return self.hits(prediction).mean().item()
 
-# %% ../nbs/training/08_doctor.ipynb #a995fa19
+# %% ../nbs/training/08_doctor.ipynb #119c2f2e
 @patch
 def counts(self: _Boxes, prediction):
     "(n,n): true class, class of the answer that lies there."
@@ -270,18 +274,19 @@ def flip(self: _Boxes, answer, dim):
 
 @patch
 def readings(self: _Boxes, prediction):
-    (H, W), names = self.size, {'xywh': '(x, y, width, height)', 'cxcywh': '(centre x, centre y, width, height)'}
-    ways = {f'reading the boxes as {name}': lambda b, k=k: box_convert(b, k, 'xyxy') for k, name in names.items()}
-    ways |= {'reading the boxes as (y1, x1, y2, x2)': lambda b: b[:, [1, 0, 3, 2]],
-             'multiplying the boxes by width and height': lambda b: b * b.new_tensor([W, H, W, H]),
-             'doubling the boxes': lambda b: 2 * b, 'halving the boxes': lambda b: b / 2}
+    H, W = self.size
+    ways = {'reading the boxes as (x, y, width, height)': lambda b: box_convert(b, 'xywh', 'xyxy'),
+            'reading the boxes as (centre, width, height)': lambda b: box_convert(b, 'cxcywh', 'xyxy'),
+            'reading the boxes as (y1, x1, y2, x2)': lambda b: b[:, [1, 0, 3, 2]],
+            'multiplying the boxes by width and height': lambda b: b * b.new_tensor([W, H, W, H]),
+            'doubling the boxes': lambda b: 2 * b, 'halving the boxes': lambda b: b / 2}
     other = {way: copy.copy(self) for way in ways}
     for way, change in ways.items(): other[way].boxes = [change(b) for b in self.boxes]
     return {way: (prediction, truth) for way, truth in other.items()}
 
-# %% ../nbs/training/08_doctor.ipynb #7486bca7
+# %% ../nbs/training/08_doctor.ipynb #f9597d62
 def _truth_of(task, batch):
-    "Class ids, depths or boxes; None for another kind of task, and for a batch of another form (the step will name it)."
+    "Class ids, depths or boxes; None for another kind of task, or a batch that lacks something."
     plain = _Ids if hasattr(task, 'labels') and hasattr(task, 'num_classes') else None
     kind = {'depth': _Metres, 'detection': _Boxes}.get(getattr(task, 'name', None), plain)
     try: return kind and kind(task, batch)
@@ -312,7 +317,7 @@ def _gain(e, other, truth=None):
 
 def _largest(gains): return max(gains.items(), key=lambda x: x[1], default=('', 0.))
 
-# %% ../nbs/training/08_doctor.ipynb #5375e13d
+# %% ../nbs/training/08_doctor.ipynb #59afbf50
 def _score(task, output, batch):
     "The task's own scores of one output."
     scores = task.scores().to(batch['image'].device)
@@ -339,14 +344,15 @@ def _watch_teacher(e):
     e.unsteady = (again - last).norm().item() / (last.norm().item() + 1e-30)
     if e.labelled and hasattr(task, 'scores'): e.metrics = _score(task, output, e.batch)
     if e.truth is None or not e.labelled: return
-    def read(output): return e.truth.read(task, output, e.batch)
+    def read(output, batch=e.batch): return e.truth.read(task, output, batch)
     e.prediction = read(output)
     e.confusion, e.agreement = e.truth.counts(e.prediction), e.truth.agreement(e.prediction)
     e.their_loss = task.loss(output, e.batch).item()
     e.reread = {k: _gain(e, *other) for k, other in e.truth.readings(e.prediction).items()}
     if image.shape[1] == 3:
         e.repaired = {k: _gain(e, read(teacher(x))) for k, x in _repairs(image).items()}
-    e.by_batch = _gain(e, read(_by_batch_statistics(teacher, image))[:len(image)])
+    twice = {k: torch.cat([v, v]) for k, v in e.batch.items() if isinstance(v, Tensor) and v.dim()}
+    e.by_batch = _gain(e, read(_by_batch_statistics(teacher, image), twice)[:len(image)])
 
 # %% ../nbs/training/08_doctor.ipynb #9a6dcf03
 def _take_step(e):
@@ -445,16 +451,16 @@ def _let_them_step(e):
         twin.update(*seen[-1])
         e.moved[t.name] = _norm([p.detach() - q for p, q in zip(twin.parameters(), start)])
 
-# %% ../nbs/training/08_doctor.ipynb #9ac905c8
+# %% ../nbs/training/08_doctor.ipynb #6810a22d
 def _blank(distiller, batch, claimed, optimizer):
     "A record of evidence before anything is measured."
     return SimpleNamespace(
         distiller=distiller, task=distiller.task, batch=batch, claimed=claimed, optimizer=optimizer,
         device=batch['image'].device, terms=list(distiller.terms), given=[], error=None,
         modes=(distiller.training, distiller.student.training), stays=True, sketched=[],
-        truth=None, labelled=True, in_training=[], unsteady=0., metrics={}, prediction=None, agreement=math.nan,
-        confusion=None, their_loss=0., own_confusion=None, reread={}, repaired={}, by_batch=0.,
-        places={}, live={}, said={}, depths=({}, {}), leads={}, parts={}, norms={}, beside={},
+        truth=None, labelled=True, in_training=[], unsteady=0., metrics={}, prediction=None,
+        agreement=math.nan, confusion=None, own_confusion=None, their_loss=0., reread={}, repaired={},
+        by_batch=0., places={}, live={}, said={}, depths=({}, {}), leads={}, parts={}, norms={}, beside={},
         spans={}, moved={}, to_teacher=0., changed=[], twins=0, off_sum=0., batch_changed=[], zero_gap=0.)
 
 def _all_modes(e):
@@ -645,13 +651,13 @@ def _two_networks(e):
                                'load each one its own weights')]
     return []
 
-# %% ../nbs/training/08_doctor.ipynb #71974bd0
+# %% ../nbs/training/08_doctor.ipynb #6cd2e539
 def _luck(e, rate, expected):
-    "Chance that a network of the expected rate is right no more often; 0 where many things are right or wrong."
+    "Chance that a network of the expected rate is right no more often; 0 where many things are looked at."
     n = e.truth.units if e.truth is not None else None
     return float(binom.cdf(round(rate * n), n, min(expected, 1.))) if n else 0.
 
-_ERRORS = 'abs_rel', 'rmse', 'log10'                         # metrics of which less is better, whatever the task's
+_ERRORS = 'abs_rel', 'rmse', 'log10'                        # less is better, also beside a metric of the task
 
 def _claims(e):
     "Each claim that was measured, and what part of it is reached."
@@ -750,7 +756,7 @@ def _stored(e):
         elif 'teacher' in e.batch: found.append(_note(what, gap, 'stored, and its own'))
     return found
 
-# %% ../nbs/training/08_doctor.ipynb #c4ae6151
+# %% ../nbs/training/08_doctor.ipynb #f1d27cfe
 def _images(e):
     image = e.batch['image'].float()
     found = [_note('largest channel mean of the images', image.mean((0, 2, 3)).abs().max().item(),
@@ -776,9 +782,10 @@ def _one_depth(e):
     spread = e.truth.spread(e.prediction)
     if not spread < FLAT: return []
     return [_fault("spread of the teacher's log depths as a part of the true ones'", spread,
-                   'it gives nearly one depth for all', 'load its head too (strictly); see the other findings')]
+                   'it gives nearly one depth for all',
+                   'load its head too (strictly); see the other findings')]
 
-# %% ../nbs/training/08_doctor.ipynb #c47081ca
+# %% ../nbs/training/08_doctor.ipynb #1302a2b5
 @patch
 def problems(self: _Ids, task):
     if self.strays: return [_fault(
@@ -797,22 +804,25 @@ def problems(self: _Metres, task):
     d = self.logs[self.kept].exp()
     astray = ((d < near) | (d > far)).double().mean().item()
     if not astray > ASTRAY: return []
-    return [_fault(f'part of the depths outside {near:g}..{far:g} m', astray, f'their median is {d.median():.3g}: '
-                   'other units, or another range', 'metres (millimetres: divide by 1000); nearest, farthest')]
+    return [_fault(f'part of the depths outside {near:g}..{far:g} m', astray,
+                   f'their median is {d.median():.3g}: other units, or another range',
+                   'metres (millimetres: divide by 1000); nearest, farthest')]
 
-# %% ../nbs/training/08_doctor.ipynb #85d83821
+# %% ../nbs/training/08_doctor.ipynb #29a114c3
 @patch
 def problems(self: _Boxes, task):
     every, (H, W), found = self.every, self.size, []
     if self.strays: found.append(_fault(
         'labels that are neither a class nor -1 (no box)', self.strays, f'classes are 0..{self.n - 1}',
         'count from 0, background is no class; fill up with -1'))
-    if self.flat: found.append(_fault('boxes without area (x2 <= x1 or y2 <= y1)', self.flat, 'they have another '
-                                      'form, or are fillers', f'{self.form}; fillers carry the label -1'))
+    if self.flat: found.append(_fault(
+        'boxes without area (x2 <= x1 or y2 <= y1)', self.flat, 'they have another form, or are fillers',
+        f'{self.form}; fillers carry the label -1'))
     if not self.known: return [_warning('boxes in the batch', 0, 'there is only background to be learned',
                                         'another batch says more; check labels and crop')]
-    if every.max() <= 1.5: return [*found, _fault('largest coordinate of the boxes', every.max().item(), 'they '
-                                                  'are in 0..1, not in pixels', 'multiply by width and height')]
+    if every.max() <= 1.5: return [*found, _fault(
+        'largest coordinate of the boxes', every.max().item(), 'they are in 0..1, not in pixels',
+        'multiply by width and height')]
     centre = (every[:, :2] + every[:, 2:]) / 2
     astray = (~((centre >= 0) & (centre <= centre.new_tensor([W, H]))).all(1)).double().mean().item()
     if astray > ASTRAY: found.append(_fault('part of the boxes with their centre outside the image', astray,
@@ -895,7 +905,7 @@ def _shares(e):
     elif share < FAINT: found.append(_warning(what, share, 'the labels are faint', lower))
     return found
 
-# %% ../nbs/training/08_doctor.ipynb #dd6fab42
+# %% ../nbs/training/08_doctor.ipynb #e4cad500
 def _step(e):
     found = []
     if e.norms and e.off_sum > ROUND: found.append(_fault(
@@ -911,7 +921,7 @@ def _step(e):
     for name, gap in e.spans.items():
         what = f"distance of the batch's {name} from the mean of its halves'"
         if gap <= ROUND: continue
-        elif name != 'task' or isinstance(e.truth, _Boxes): found.append(_note(        # its loss: by positives
+        elif name != 'task' or isinstance(e.truth, _Boxes): found.append(_note(    # divided by positives
             what, gap, 'it spans the batch: with accumulation it is another loss'))
         elif hasattr(e.task, 'count'): found.append(_warning(
             what, gap, '`task.count` is not what `task.loss` is a mean over', 'count the units of the mean'))
@@ -963,10 +973,10 @@ def _optimised(e):
                                     'raise it'))
     return found
 
-# %% ../nbs/training/08_doctor.ipynb #557424d7
+# %% ../nbs/training/08_doctor.ipynb #ba8dce9d
 CHECKS = [_on, _runs, _finite, _modes, _steady, _teacher_frozen, _two_networks, _teacher_score, _informed,
-          _classes, _pictures, _stored, _images, _read, _one_depth, _labels, _sizes, _places, _shares, _step, _trained,
-          _optimised]                                                        # one's own join by `append`
+          _classes, _pictures, _stored, _images, _read, _one_depth, _labels, _sizes, _places, _shares, _step,
+          _trained, _optimised]                                                        # one's own join by `append`
 
 # %% ../nbs/training/08_doctor.ipynb #7a3d1794
 def _refuse(distiller, batch, claimed):

@@ -10,8 +10,8 @@ __all__ = ['Count', 'count', 'FCNHead', 'PSPHead', 'ASPPHead', 'SegmentationNet'
            'tiny_detector_student', 'tiny_detector_teacher', 'CifarResNet', 'cifar_resnet', 'atomic_write',
            'save_weights', 'load_weights']
 
-# %% ../nbs/training/01_networks.ipynb #571ea652
-import copy, os, pickle, re
+# %% ../nbs/training/01_networks.ipynb #51bc9f68
+import copy, inspect, math, os, pickle, re
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-# %% ../nbs/training/01_networks.ipynb #a125b471
+# %% ../nbs/training/01_networks.ipynb #8808ff37
 import safetensors, safetensors.torch
 import timm, torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 from .losses.divergence import at_least_float32
 
 # %% ../nbs/training/01_networks.ipynb #9a21cade
@@ -393,13 +394,18 @@ def espnetc(
     if num_classes < 1: raise ValueError(f'num_classes is at least 1, got {num_classes}')
     return SegmentationNet(_ESPBody(deep), _ESPHead(num_classes))
 
-# %% ../nbs/training/01_networks.ipynb #daefa599
+# %% ../nbs/training/01_networks.ipynb #04046b9c
 def _probe(body, size=512):
-    "[(channels, stride), ...] of the maps that a module gives, without computing anything."
+    "[(channels, stride), ...] of the maps that a module gives, finest first, without computing anything."
     shadow = _shadow(body, lambda t: torch.empty_like(t, device='meta')).eval()
     with torch.no_grad(): maps = shadow(torch.empty(1, 3, size, size, device='meta'))
+    if isinstance(maps, Tensor): raise ValueError(f'expected a list of maps, got one of {tuple(maps.shape)}')
     maps = maps.values() if isinstance(maps, dict) else maps
-    return [(m.shape[1], round(size / m.shape[-1])) for m in maps]
+    found = [(m.shape[1], round(size / m.shape[-1])) for m in maps]
+    strides = [stride for _, stride in found]
+    if not found or strides != sorted(strides):
+        raise ValueError(f'expected one map or more, finest first, got strides {strides}')
+    return found
 
 def _body(backbone, strides, pretrained, **options):
     "timm's network of that name as a module image -> list of maps of these strides; a module as it is."
@@ -711,7 +717,7 @@ def detections(self: DetectorOutput,
     shift = _background(net)
     return [dict(boxes=f['boxes'], scores=f['scores'], labels=f['labels'] - shift) for f in found]
 
-# %% ../nbs/training/01_networks.ipynb #9eafc5c7
+# %% ../nbs/training/01_networks.ipynb #edaecd8e
 @patch
 def logits(self: DetectorOutput,
 ) -> Tensor:    # RetinaNet, FCOS (B,2,N,C); SSD (B,C+1,N,1), background first; Faster R-CNN (B,2,N,1)
@@ -719,7 +725,9 @@ def logits(self: DetectorOutput,
     if isinstance(self.net, SSD): return self.heads['cls_logits'].mT[..., None]
     if self.heads is not None: z = self.heads['cls_logits']
     else:
-        maps, _ = self.net.rpn.head(list(self.levels.values()))
+        head = self.net.rpn.head
+        dtype = next(head.parameters()).dtype     # the maps may be half, and the autocast they are from over
+        maps, _ = head([m.to(dtype) for m in self.levels.values()])
         z = torch.cat([m.permute(0, 2, 3, 1).flatten(1) for m in maps], 1)[..., None]     # anchors' order
     return torch.stack([torch.zeros_like(z), z], 1)    # (3)
 
@@ -738,14 +746,16 @@ def whole_pass(self: Detector,
     cut = image.new_empty(len(image) * most, self.net.backbone.out_channels, *roi.box_roi_pool.output_size)
     roi.box_predictor(roi.box_head(cut))
 
-# %% ../nbs/training/01_networks.ipynb #6f666283
-def _sides(anchors, pyramid, per_stride):
-    "One anchor side for each level, in pixels: those given, else `per_stride` strides."
-    strides = [stride for _, stride in _probe(pyramid)]
-    if anchors is None: return [per_stride * s for s in strides]
-    if len(anchors) != len(strides):
-        raise ValueError(f'expected {len(strides)} anchor sides, one for each level, got {tuple(anchors)}')
-    return list(anchors)
+# %% ../nbs/training/01_networks.ipynb #666c935d
+_OURS = {'backbone', 'num_classes', 'anchor_generator', 'rpn_anchor_generator', 'head', 'box_roi_pool',
+         'box_head', 'box_predictor', 'size', 'min_size', 'max_size', 'image_mean', 'image_std', 'kwargs'}
+
+def _check_options(kind, options):
+    "ValueError for what is no option of torchvision's `kind`, or none that matters here."
+    known = [name for name in inspect.signature(kind).parameters if name not in _OURS]
+    for name in options:
+        if name in known: continue
+        raise ValueError(f'{name!r} is no option here; those of {kind.__name__}: {", ".join(known)}')
 
 def _levels(backbone, strides, pretrained, weights, num_classes, channels, extra):
     "The pyramid on a backbone."
@@ -754,9 +764,28 @@ def _levels(backbone, strides, pretrained, weights, num_classes, channels, extra
 
 def _detector(net, weights): return Detector(net) if weights is None else load_weights(Detector(net), weights)
 
-def _group_norm(channels): return nn.GroupNorm(channels // 8, channels)      # 32 groups at 256 channels
+def _group_norm(channels):
+    if channels % 8: raise ValueError(f'GroupNorm takes groups of 8 channels, got {channels} channels')
+    return nn.GroupNorm(channels // 8, channels)      # 32 groups at 256 channels, as in torchvision
 
-# %% ../nbs/training/01_networks.ipynb #3d5691f8
+# %% ../nbs/training/01_networks.ipynb #6db496d2
+class _Anchors(AnchorGenerator):
+    "torchvision's anchors; those of a level stand its stride apart, whatever the size of the image."
+    def __init__(self, pyramid, sides, per_stride, ratios=(1.,), sizes=1):
+        strides = [stride for _, stride in _probe(pyramid)]
+        if sides is None: sides = [per_stride * s for s in strides]
+        if len(sides) != len(strides):
+            raise ValueError(f'expected {len(strides)} anchor sides, one for each level, got {tuple(sides)}')
+        steps = [2**(k / sizes) for k in range(sizes)]
+        super().__init__(tuple(tuple(a * step for step in steps) for a in sides), (ratios,) * len(sides))
+        self.strides = strides
+
+    def forward(self, images, maps):
+        self.set_cell_anchors(maps[0].dtype, maps[0].device)
+        grids, strides = [m.shape[-2:] for m in maps], [(s, s) for s in self.strides]
+        return [torch.cat(self.grid_anchors(grids, strides))] * len(images.image_sizes)
+
+# %% ../nbs/training/01_networks.ipynb #a745be06
 def retinanet(
     backbone: str | nn.Module = 'resnet18',  # timm's name, or a module image -> list of maps, finest first
     *,
@@ -773,16 +802,16 @@ def retinanet(
     **options,                               # of torchvision's RetinaNet: score_thresh, nms_thresh, ...
 ) -> Detector:
     "torchvision's RetinaNet on a pyramid, initialised from torch's random state."
+    _check_options(RetinaNet, options)
+    if convs not in range(5): raise ValueError(f'convs is 0 to 4, got {convs}')
     pyramid = _levels(backbone, strides, pretrained, weights, num_classes, channels, extra)
-    sides = _sides(anchors, pyramid, 4)
-    sizes = tuple((a, a * 2**(1 / 3), a * 2**(2 / 3)) for a in sides)
-    generator = AnchorGenerator(sizes, (ratios,) * len(sides))
+    generator = _Anchors(pyramid, anchors, 4, ratios, sizes=3)
     head = RetinaNetHead(channels, 3 * len(ratios), num_classes, norm_layer=_group_norm if norm else None)
     for part in (head.classification_head, head.regression_head): part.conv = part.conv[:convs]
     net = RetinaNet(pyramid, num_classes, anchor_generator=generator, head=head, **options)
     return _detector(net, weights)
 
-# %% ../nbs/training/01_networks.ipynb #779df90f
+# %% ../nbs/training/01_networks.ipynb #fe8ba0f1
 def fcos(
     backbone: str | nn.Module = 'resnet18',  # timm's name, or a module image -> list of maps, finest first
     *,
@@ -797,17 +826,16 @@ def fcos(
     **options,                               # of torchvision's FCOS: score_thresh, nms_thresh, ...
 ) -> Detector:
     "torchvision's FCOS on a pyramid, initialised from torch's random state."
-    if channels % 8: raise ValueError(f'GroupNorm takes groups of 8 channels, got {channels} channels')
+    _check_options(FCOS, options)
     pyramid = _levels(backbone, strides, pretrained, weights, num_classes, channels, extra)
-    sides = _sides(anchors, pyramid, 1)
-    generator = AnchorGenerator(tuple((a,) for a in sides), ((1.,),) * len(sides))
+    generator = _Anchors(pyramid, anchors, 1)
     head = FCOSHead(channels, 1, num_classes, 0)        # it cannot be told its norm, its two parts can
     head.classification_head = FCOSClassificationHead(channels, 1, num_classes, convs, norm_layer=_group_norm)
     head.regression_head = FCOSRegressionHead(channels, 1, convs, norm_layer=_group_norm)
     net = FCOS(pyramid, num_classes, anchor_generator=generator, head=head, **options)
     return _detector(net, weights)
 
-# %% ../nbs/training/01_networks.ipynb #376f720d
+# %% ../nbs/training/01_networks.ipynb #ef0f5a6c
 def faster_rcnn(
     backbone: str | nn.Module = 'resnet18',  # timm's name, or a module image -> list of maps, finest first
     *,
@@ -822,16 +850,20 @@ def faster_rcnn(
     **options,                               # of torchvision's FasterRCNN: box_score_thresh, ...
 ) -> Detector:
     "torchvision's Faster R-CNN on a pyramid, initialised from torch's random state."
+    _check_options(FasterRCNN, options)
     pyramid = _levels(backbone, strides, pretrained, weights, num_classes, channels, 'pool')
-    sides = _sides(anchors, pyramid, 8)
-    generator = AnchorGenerator(tuple((a,) for a in sides), (ratios,) * len(sides))
-    pool = MultiScaleRoIAlign([str(i) for i in range(len(sides) - 1)], output_size=7, sampling_ratio=2)
+    generator = _Anchors(pyramid, anchors, 8, ratios)
+    cut = generator.strides[:-1]              # the added level is for proposals only
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(cut))], output_size=7, sampling_ratio=2)
+    pool.scales = [1 / s for s in cut]
+    finest = round(math.log2(cut[0]))
+    pool.map_levels = initLevelMapper(finest, finest + len(cut) - 1)
     net = FasterRCNN(pyramid, rpn_anchor_generator=generator, box_roi_pool=pool,
                      box_head=TwoMLPHead(channels * 7 * 7, hidden),
                      box_predictor=FastRCNNPredictor(hidden, num_classes + 1), **options)
     return _detector(net, weights)
 
-# %% ../nbs/training/01_networks.ipynb #8e6a3364
+# %% ../nbs/training/01_networks.ipynb #0a93f0ee
 def ssd(
     backbone: str | nn.Module = 'resnet18',  # timm's name, or a module image -> list of maps, finest first
     *,
@@ -844,6 +876,7 @@ def ssd(
     **options,                               # of torchvision's SSD: score_thresh, nms_thresh, ...
 ) -> Detector:
     "torchvision's SSD on any backbone, for images of any size, initialised from torch's random state."
+    _check_options(SSD, options)
     if num_classes < 1: raise ValueError(f'num_classes is at least 1, got {num_classes}')
     layers = ExtraLayers(_body(backbone, strides, pretrained if weights is None else False), extra)
     n = len(layers.levels)

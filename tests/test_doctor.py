@@ -1106,7 +1106,7 @@ def stored_in_another_order(room, batch):
 @at_boxes('only background', 'warning')
 def no_boxes_at_all(room, batch): batch['labels'].fill_(-1); return usual_boxes(room), batch, {}
 
-@at_boxes('pair_wise')
+@at_boxes('such as a level of the pyramid')
 def pairs_of_anchors(room, batch): return told(room, logits(PairWise(), 1.)), batch, {}
 
 @at_boxes('has no class map')

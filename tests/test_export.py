@@ -10,14 +10,16 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 import kdnotes.export as export
-from kdnotes.compare import train
-from kdnotes.distiller import Distiller
+from kdnotes.compare import examine, train
+from kdnotes.distiller import Distiller, Term
 from kdnotes.export import build_network, card_path, export_student, load_student, network_plan, open_run, read_card
 from kdnotes.networks import (cifar_resnet, deeplabv3, deeplabv3plus, encoder_decoder, espnetc, faster_rcnn, fcos, pspnet, retinanet, ssd, tiny_depth_student,
                               tiny_depth_teacher, tiny_detector_student, tiny_detector_teacher, tiny_student, tiny_teacher)
-from kdnotes.recipes import RECIPES, scenes_data, scenes_recipe
+from kdnotes.loop import Budget
+from kdnotes.losses.channel_wise import ChannelWise
+from kdnotes.recipes import RECIPES, Recipe, scenes_data, scenes_recipe
 from kdnotes.taps import Taps
-from kdnotes.tasks import Depth, Segmentation, main_output
+from kdnotes.tasks import Depth, Detection, Segmentation, main_output
 
 needs_onnx = pytest.mark.skipif(not (importlib.util.find_spec('onnx') and importlib.util.find_spec('onnxscript')),
                                 reason='ONNX export: onnx and onnxscript are not installed (pip install "kdnotes[onnx]")')
@@ -199,6 +201,31 @@ def test_the_card_of_a_depth_run_leads_to_metres(bins):
     else: metres = z[:, 0].exp().clamp(said['depth']['nearest'], said['depth']['farthest'])
     assert torch.allclose(metres, task.predict({'out': z}, {'image': torch.zeros(1, 3, 8, 8)})) and ('softmax' in said['output']['out']) == bool(bins)
     assert export._metres(Segmentation(3)) == {}
+
+
+def detection_or_depth(kind):
+    "A recipe of a minute ago: nothing is learned in its steps."
+    task, keys, student, teacher, place = {
+        'boxes': (Detection(3), ('boxes', 'labels'), partial(tiny_detector_student, 3), partial(tiny_detector_teacher, 3), 'net.backbone.levels.0'),
+        'depth': (Depth(nearest=1., farthest=60.), ('depth',), partial(tiny_depth_student, 1), partial(tiny_depth_teacher, 1), 'head.bottleneck'),
+        'bins': (Depth(nearest=1., farthest=60., bins=6), ('depth',), partial(tiny_depth_student, 6), partial(tiny_depth_teacher, 6), 'head.bottleneck')}[kind]
+    data = partial(scenes_data, labelled=4, teacher=4, valid=2, size=(48, 96), keys=('image', *keys))
+    return Recipe(f'tiny {kind}', task, data, teacher, student, Budget(steps=1, batch_size=2, lr=1e-3), {'channel_wise': [Term(ChannelWise(), place, 1.)]},
+                  teacher_budget=Budget(steps=1, batch_size=2, lr=1e-3), size=(48, 96))
+
+
+@pytest.mark.parametrize('kind', ['boxes', 'depth', 'bins'])
+def test_a_run_of_another_task(kind, tmp_path):
+    "Trained with stored answers, looked at by the doctor, exported and read back."
+    recipe, folder = detection_or_depth(kind), tmp_path / 'run'
+    train(recipe, folder, teacher_cache=tmp_path / 'cache', progress=False)
+    said = examine(recipe, folder, teacher_cache=tmp_path / 'cache', progress=False)
+    assert any(f.means == 'stored, and its own' for f in said.findings) and not any('failed' in f.what for f in said.findings), str(said)
+    card = export_student(folder, tmp_path / 's.safetensors', recipe=recipe, progress=False)
+    assert card['task'] == recipe.task.name and card['metric'] in card['metrics'] and card['input']['mean']
+    assert ('depth' in card) == (kind != 'boxes') and ('edges' in card.get('depth', {})) == (kind == 'bins')
+    net, image = load_student(tmp_path / 's.safetensors')[0], torch.randn(1, 3, 48, 96)
+    with torch.no_grad(): assert torch.equal(recipe.task.logits(net(image)), recipe.task.logits(open_run(folder, recipe=recipe)[0].eval()(image)))
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
