@@ -284,13 +284,13 @@ def readings(self: _Boxes, prediction):
     for way, change in ways.items(): other[way].boxes = [change(b) for b in self.boxes]
     return {way: (prediction, truth) for way, truth in other.items()}
 
-# %% ../nbs/training/08_doctor.ipynb #f9597d62
+# %% ../nbs/training/08_doctor.ipynb #4db9aaaa
 def _truth_of(task, batch):
     "Class ids, depths or boxes; None for another kind of task, or a batch that lacks something."
     plain = _Ids if hasattr(task, 'labels') and hasattr(task, 'num_classes') else None
     kind = {'depth': _Metres, 'detection': _Boxes}.get(getattr(task, 'name', None), plain)
     try: return kind and kind(task, batch)
-    except (KeyError, ValueError, RuntimeError, IndexError): return None
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError): return None
 
 # %% ../nbs/training/08_doctor.ipynb #bcabb114
 def _repairs(x):

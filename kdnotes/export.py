@@ -6,12 +6,12 @@
 __all__ = ['BUILDERS', 'TOLERANCE', 'network_plan', 'build_network', 'card_path', 'read_card', 'load_student', 'open_run',
            'export_student', 'export_cli']
 
-# %% ../nbs/training/13_export.ipynb #bf036d97
+# %% ../nbs/training/13_export.ipynb #cf1f043b
 import copy, hashlib, importlib.util, json, re, shutil, tempfile, warnings
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import timm, torch
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
@@ -26,7 +26,7 @@ from .networks import (Detector, DetectorOutput, cifar_resnet, deeplabv3, deepla
                               espnetc, faster_rcnn, fcn, fcos, pspnet, retinanet, ssd, tiny_depth_student,
                               tiny_depth_teacher, tiny_detector_student, tiny_detector_teacher, tiny_student,
                               tiny_teacher)
-from .recipes import describe
+from .recipes import box_student, box_teacher, describe
 from .taps import unwrap
 from .tasks import Depth, main_output
 
@@ -92,11 +92,18 @@ def _refuse_two_stages(net, out):
     raise ValueError(f'{out.name}: a Faster R-CNN looks once more at as many places as an image happens to have, '
                      'and a graph has no room for that. Share it as .safetensors, or train a RetinaNet, FCOS or SSD')
 
-# %% ../nbs/training/13_export.ipynb #b1e98bf2
-BUILDERS = {f'kdnotes.networks.{f.__name__}': f
+# %% ../nbs/training/13_export.ipynb #182d38e9
+def _timm(
+    name,            # of a network, not of a place to download from
+    *,
+    num_classes,     # of its last layer
+): return timm.create_model(name, num_classes=num_classes)
+
+BUILDERS = {f'{f.__module__}.{f.__name__}': f
             for f in (pspnet, deeplabv3, fcn, tiny_student, tiny_teacher, espnetc, cifar_resnet, deeplabv3plus,
                       encoder_decoder, tiny_depth_student, tiny_depth_teacher, retinanet, fcos, faster_rcnn, ssd,
-                      tiny_detector_student, tiny_detector_teacher)}
+                      tiny_detector_student, tiny_detector_teacher, box_student, box_teacher)}
+BUILDERS['timm.models._factory.create_model'] = _timm
 _ELSEWHERE = 'pretrained', 'weights'      # arguments that name other files, or a download
 
 def network_plan(

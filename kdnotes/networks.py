@@ -612,7 +612,7 @@ class DetectorOutput:
         B, H, W = self.size
         return ImageList(next(iter(self._maps.values())).new_empty(B, 0, H, W), [(H, W)] * B)
 
-# %% ../nbs/training/01_networks.ipynb #b9eaffef
+# %% ../nbs/training/01_networks.ipynb #a5259791
 def _num_classes(net):
     "C of a torchvision detector, without background."
     if isinstance(net, FasterRCNN): return net.roi_heads.box_predictor.cls_score.out_features - 1
@@ -623,6 +623,7 @@ def _background(net):
     "1 where class 0 of torchvision's detector is the background, else 0."
     return int(isinstance(net, (SSD, FasterRCNN)))
 
+# %% ../nbs/training/01_networks.ipynb #90dcdd07
 class Detector(nn.Module):
     "image (B,3,H,W) -> DetectorOutput, in any mode: a torchvision detector, kept as `net`."
     def __init__(self,
@@ -746,12 +747,12 @@ def whole_pass(self: Detector,
     cut = image.new_empty(len(image) * most, self.net.backbone.out_channels, *roi.box_roi_pool.output_size)
     roi.box_predictor(roi.box_head(cut))
 
-# %% ../nbs/training/01_networks.ipynb #666c935d
+# %% ../nbs/training/01_networks.ipynb #d82d93eb
 _OURS = {'backbone', 'num_classes', 'anchor_generator', 'rpn_anchor_generator', 'head', 'box_roi_pool',
          'box_head', 'box_predictor', 'size', 'min_size', 'max_size', 'image_mean', 'image_std', 'kwargs'}
 
 def _check_options(kind, options):
-    "ValueError for what is no option of torchvision's `kind`, or none that matters here."
+    "ValueError for what is no option of torchvision's `kind`, is set by the builder, or has no effect here."
     known = [name for name in inspect.signature(kind).parameters if name not in _OURS]
     for name in options:
         if name in known: continue

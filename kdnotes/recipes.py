@@ -64,14 +64,18 @@ class Splits(NamedTuple):
     valid: object                    # for the scores of all
     teacher_train: object = None     # for the teacher; the students' if None
 
-# %% ../nbs/training/09_recipes.ipynb #a20a94a1
-def _at(net, path): return find_module(net, path) if path else net
+# %% ../nbs/training/09_recipes.ipynb #c4acf02e
+def _weights(net, path):
+    "The weights of a part of a network; for '' of everything but its classifier."
+    if path: return find_module(net, path).state_dict()
+    head = tuple(f'{name}.' for name, m in net.named_modules() if m is net.get_classifier())
+    return {k: v for k, v in net.state_dict().items() if not k.startswith(head)}
 
 @dataclass(frozen=True)
 class Start:
     "What the networks of a recipe begin with: a part of another recipe's networks, teacher for teacher."
     recipe: object                                  # the `Recipe` that is run first
-    part: str                                       # dotted path in its networks, such as 'features'; '' for all
+    part: str                                       # dotted path in its networks; '': all but the classifier
     onto: str                                       # dotted path in those that begin with it
     methods: dict = field(default_factory=dict)     # method -> method of that recipe; 'none' if absent
 
@@ -79,11 +83,8 @@ class Start:
              trained: nn.Module,        # of the recipe that was run first
              net: nn.Module,            # gets the part's weights, in place
              ) -> nn.Module:
-        """Copy the weights of `part` into `onto`; what `part` has beyond it, such as a classifier, stays behind.
-
-        ValueError if `onto` has anything else or other shapes, and nothing is copied."""
-        part, onto = _at(trained, self.part).state_dict(), _at(net, self.onto)
-        part = {name: value for name, value in part.items() if name in onto.state_dict()}
+        "Copy the weights of `part` into `onto`; ValueError if they do not fit, and nothing is copied."
+        part, onto = _weights(trained, self.part), find_module(net, self.onto)
         problems = _misfits(onto, part)
         if problems: raise ValueError(f'{self.part!r} of {self.recipe.name!r} does not fit {self.onto!r}: {problems}')
         onto.load_state_dict(part)
@@ -417,7 +418,7 @@ def scenes_classification(
         about='Ours. Regime: few labels, short budget, a teacher that has seen more. Weights: the best of a '
               "few on tuning scenes, two seeds. GLD's alpha is the paper's, its beta the paper's for 60 rows.")
 
-# %% ../nbs/training/09_recipes.ipynb #9bc23848
+# %% ../nbs/training/09_recipes.ipynb #0c2f961b
 JPEG_MEAN, JPEG_STD = (.493, .483, .447), (.246, .244, .261)             # of the 20 000
 JPEG_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
@@ -437,6 +438,7 @@ def cifar10_jpeg_data(
     return Splits(Augmented(few, margin), Augmented(valid, eval_transform(**norm)),
                   Augmented(Subset(train, kept), margin))
 
+# %% ../nbs/training/09_recipes.ipynb #31d35995
 def cifar10_jpeg(
     name: str = 'cifar10-jpeg',   # also the name of the results
     *,
@@ -516,7 +518,7 @@ def scenes_detection(
         teacher_budget=None if teacher_weights else teachers, teacher_weights=teacher_weights,
         about='Ours. Regime: few labels, short budget, a teacher that has seen more.')
 
-# %% ../nbs/training/09_recipes.ipynb #14c3afb7
+# %% ../nbs/training/09_recipes.ipynb #8eafec07
 BCCD_MEAN, BCCD_STD = (.73, .70, .71), (.06, .10, .08)                  # of the 205 training pictures
 
 def bccd_data(
@@ -536,6 +538,7 @@ def bccd_data(
     return Splits(Augmented(Subset(train, kept[::every]), cut), Augmented(valid, whole),
                   Augmented(Subset(train, kept), cut))
 
+# %% ../nbs/training/09_recipes.ipynb #25623764
 def bccd(
     name: str = 'bccd',         # also the name of the results
     *,

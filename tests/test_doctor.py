@@ -897,9 +897,9 @@ def of(room, *indices): return collate([room.data[i] for i in indices])
 def levels(loss, weight=1., each=(0, 1)): return [Term(loss, f'{LEVEL}{i}', weight, name=f'level{i}') for i in each]
 
 
-def told(room, terms, *, student=None, teacher=None, task=None):
+def told(room, terms, *, student=None, teacher=None, task=None, kind=Distiller):
     "A distiller with networks of its own."
-    return Distiller(student or copy.deepcopy(room.students[0]), teacher or copy.deepcopy(room.teacher), task or room.task, terms)
+    return kind(student or copy.deepcopy(room.students[0]), teacher or copy.deepcopy(room.teacher), task or room.task, terms)
 
 
 # --- their healthy runs
@@ -1115,6 +1115,38 @@ def classes_of_pixels(room, batch): return told(room, levels(IntraClassVariation
 @at_boxes('tap one that runs once')
 def a_layer_of_the_head(room, batch): return told(room, [Term(ChannelWise(), 'net.head.classification_head.cls_logits', 1.)]), batch, {}
 
+@at_boxes('weighted sum')
+def weights_forgotten_in_a_detector(room, batch): return usual_boxes(room, kind=Unweighted), batch, {}
+
+@at_boxes('plain training')
+def detector_runs_twice(room, batch): return usual_boxes(room, kind=Twice), batch, {}
+
+@at_boxes('want a gradient')
+def head_of_the_teacher_wants(room, batch): d = usual_boxes(room); d.teacher.net.head.requires_grad_(True); return d, batch, {}
+
+@at_boxes('student that is frozen')
+def detector_frozen(room, batch): d = usual_boxes(room); d.student.requires_grad_(False); return d, batch, {}
+
+@at_boxes('adapters missing')
+def adapters_of_levels_not_listed(room, batch): d = usual_boxes(room, kind=Forgetful); d.prepare(batch); return d, batch, {}
+
+@at_boxes('the same network')
+def detector_taught_by_itself(room, batch): return usual_boxes(room, student=copy.deepcopy(room.teacher)), batch, {}
+
+@at_boxes('detached')
+def level_detached(room, batch):
+    d = usual_boxes(room); d.student.net.backbone.levels[1].register_forward_hook(lambda m, x, y: y.detach()); return d, batch, {}
+
+@at_boxes('all are one number')
+def dead_level(room, batch):
+    d = usual_boxes(room); d.teacher.net.backbone.levels[0].register_forward_hook(lambda m, x, y: 0 * y); return d, batch, {}
+
+@at_boxes('overwritten')
+def boxes_scaled_in_place(room, batch):
+    class InPlace(type(room.task)):
+        def loss(self, output, batch): batch['boxes'].mul_(.99); return super().loss(output, batch)
+    return usual_boxes(room, task=InPlace(3)), batch, {}
+
 @at_boxes('NaN')
 def nowhere(room, batch): batch['boxes'][0, 0, 0] = math.nan; return usual_boxes(room), batch, {}
 
@@ -1184,6 +1216,24 @@ def depth_in_training_mode(room, batch): d = usual_depth(room); d.teacher.head.u
 
 @at_depth('as good as off')
 def depth_term_is_off(room, batch): return told(room, feature(ChannelWise(), 1e-5)), batch, {}
+
+@at_depth('weighted sum')
+def weights_forgotten_in_depth(room, batch): return told(room, feature(ChannelWise(), 3.), kind=Unweighted), batch, {}
+
+@at_depth('plain training')
+def depth_runs_twice(room, batch): return usual_depth(room, kind=Twice), batch, {}
+
+@at_depth('adapters missing')
+def adapters_of_depth_not_listed(room, batch): d = usual_depth(room, kind=Forgetful); d.prepare(batch); return d, batch, {}
+
+@at_depth('task.count', 'warning')
+def counts_images_not_pixels(room, batch):
+    class Counts(Depth):
+        def count(self, batch): return torch.tensor(float(len(batch['image'])))
+    batch['depth'][2:, 4:] = 0
+    d = usual_depth(room, task=Counts(nearest=1.5, farthest=80., bins=room.task.bins))
+    d.student.head.classifier.bias.data[0] += 3                       # or both halves are about as far off
+    return d, batch, {}
 
 @at_depth('another augmentation or another teacher')
 def stored_before_the_crop(room, batch):

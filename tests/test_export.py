@@ -274,6 +274,8 @@ def test_reading_draws_nothing_and_gives_the_same_scores(run, tmp_path):
 @pytest.mark.parametrize('plan', [
     {'call': 'os.system', 'args': ['touch visited']}, {'call': 'kdnotes.networks.load_weights', 'args': []}, {'call': 'builtins.eval', 'args': ['1']},
     {'call': 'kdnotes.networks.pspnet', 'args': ['local-dir:/etc'], 'num_classes': 3}, {'call': 'kdnotes.networks.pspnet', 'args': ['resnet18'], 'num_classes': 3, 'pretrained': True},
+    {'call': 'timm.models._factory.create_model', 'args': ['resnet18'], 'num_classes': 3, 'checkpoint_path': 'x.pth'},
+    {'call': 'timm.models._factory.create_model', 'args': ['hf-hub:someone/something'], 'num_classes': 3},
     {'call': 'kdnotes.networks.tiny_student', 'args': [{'a': 1}]}, {'call': 'kdnotes.networks.tiny_student', 'args': ['__import__("os")']},
     {'call': 'kdnotes.networks.tiny_student', 'args': 8}, {'call': ['kdnotes.networks.tiny_student']}, 'kdnotes.networks.tiny_student', None, [], 3])
 def test_a_strangers_plan_is_refused(run, tmp_path, plan):

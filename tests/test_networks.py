@@ -11,7 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.models.detection.ssd import SSD, ssd300_vgg16
 from torchvision.models.segmentation import deeplabv3_resnet101
-from torchvision.ops import box_iou
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from kdnotes import networks
 from kdnotes.networks import (ESP, ASPPHead, Detector, FCNHead, PSPHead, Residual, SegmentationNet, Stages, cifar_resnet, count,
@@ -626,6 +626,7 @@ def test_half_precision_is_left_for_losses_and_boxes(build):
         answer = detector(images)
         losses, found = answer.losses(boxes, labels), answer.detections()
     assert next(iter(answer.levels.values())).dtype == torch.bfloat16 and answer.anchors.dtype == torch.float32
+    assert answer.logits().isfinite().all()                                        # asked for after the autocast
     assert all(x.dtype == torch.float32 and x.isfinite() for x in losses.values())
     assert all(f['boxes'].dtype == f['scores'].dtype == torch.float32 for f in found)
     if not isinstance(detector.net, FasterRCNN):                                   # which samples other proposals
@@ -656,19 +657,41 @@ def test_batch_of_one_and_one_level():
     assert all(x.isfinite() for x in answer.losses([torch.tensor([[0., 0, 16, 16]])], [torch.tensor([1])]).values())
 
 
+@pytest.mark.parametrize('name', ['retinanet, p6p7, norm', 'fcos', 'fcos, pool', 'faster_rcnn'])
+def test_anchors_stand_on_their_cells(name):
+    "In an image of odd size they are those of one that all strides divide, less what is cut away."
+    detector = DETECTORS[name]().eval()
+    def grids(height, width):
+        answer = detector(torch.zeros(1, 3, height, width))
+        parts = answer.anchors.split(answer.per_level)
+        return [p.view(*m.shape[-2:], -1, 4) for p, m in zip(parts, answer.levels.values())]
+    for small, whole in zip(grids(97, 131), grids(192, 256)):
+        assert small.shape < whole.shape and torch.equal(small, whole[:small.shape[0], :small.shape[1]])
+
+
+def test_cut_outs_come_from_the_right_level():
+    pool = faster_rcnn(body(), num_classes=3, channels=16, hidden=32).net.roi_heads.box_roi_pool
+    theirs = MultiScaleRoIAlign(['0', '1', '2'], output_size=7, sampling_ratio=2)
+    maps = {str(i): torch.randn(1, 4, 512 // s, 512 // s) for i, s in enumerate((4, 8, 16))}
+    boxes = [torch.tensor([[0., 0, s, s] for s in (16, 111, 113, 223, 225, 500)])]
+    assert torch.equal(pool(maps, boxes, [(512, 512)]), theirs(maps, boxes, [(512, 512)])) and pool.scales == theirs.scales
+    gap = faster_rcnn('resnet18', num_classes=2, strides=(4, 16), channels=8, hidden=8).net.roi_heads.box_roi_pool
+    assert gap.map_levels(boxes).tolist() == [0, 0, 1, 1, 1, 1]                    # none is cut from a level that is not there
+
+
 def test_anchors_of_the_builders():
-    def sides(detector, at):
+    def sides(detector):
         a = detector.eval()(torch.zeros(1, 3, 128, 128))
         firsts = [part[0] for part in a.anchors.split(a.per_level)]
         return [((f[2] - f[0]) * (f[3] - f[1])).sqrt().item() for f in firsts], a.per_level
     for build, per_stride, shapes, extra in ((retinanet, 4, 9, 'p6p7'), (fcos, 1, 1, 'p6p7'), (fcos, 1, 1, None)):
-        found, per_level = sides(build(body(), num_classes=1, channels=8, extra=extra), 0)
+        found, per_level = sides(build(body(), num_classes=1, channels=8, extra=extra))
         strides = [4, 8, 16, 32, 64][:len(found)]
         assert found == pytest.approx([per_stride * s for s in strides], rel=.05)
         assert per_level == [shapes * (128 // s)**2 for s in strides]
-    found, per_level = sides(faster_rcnn(body(), num_classes=1, channels=8, hidden=8), 0)
+    found, per_level = sides(faster_rcnn(body(), num_classes=1, channels=8, hidden=8))
     assert found == pytest.approx([32, 64, 128, 256], rel=.05) and per_level == [3 * (128 // s)**2 for s in (4, 8, 16, 32)]
-    found, _ = sides(fcos(body(), num_classes=1, channels=8, extra=None, anchors=(6, 12, 30)), 0)
+    found, _ = sides(fcos(body(), num_classes=1, channels=8, extra=None, anchors=(6, 12, 30)))
     assert found == [6, 12, 30]
 
 
@@ -679,6 +702,14 @@ def test_ssd_on_resnet18_is_ssd300s_grid():
     with torch.device('meta'): theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21).anchor_generator
     assert detector.net.anchor_generator.scales == pytest.approx(theirs.scales)
     assert detector.net.anchor_generator.aspect_ratios == theirs.aspect_ratios
+
+
+def test_count_of_a_detector_by_hand():
+    cells = {s: (64 // s) * (96 // s) for s in (2, 4, 8, 16)}
+    macs = cells[2] * 27 * 16 + cells[4] * 9 * (16 * 24 + 24 * 24) + cells[8] * 9 * (24 * 32 + 32 * 32) + cells[16] * 9 * 32 * 48
+    macs += sum(cells[s] * (c * 32 + 9 * 32 * 32) for s, c in ((4, 24), (8, 32), (16, 48)))      # pyramid
+    macs += sum(cells[s] for s in (4, 8, 16)) * 9 * 32 * (2 * 32 + 3 + 4 + 1)                    # head: classes, sides, middle
+    assert count(tiny_detector_student(3), (64, 96)).flops == 2 * macs
 
 
 def test_count_of_detectors_is_torchvisions():
@@ -762,6 +793,16 @@ def test_a_classifiers_backbone_fits_ssd(tmp_path):
     (lambda: fcos(body(), num_classes=2, channels=16, extra='p6'), "got 'p6'"),
     (lambda: retinanet(body(), num_classes=2, channels=16, extra=None, anchors=(8, 16)), r'3 anchor sides.*got \(8, 16\)'),
     (lambda: ssd(body(), num_classes=2, extra=(8,), scales=(.1, .2)), '5 scales for 4 maps'),
+    (lambda: retinanet(body(), num_classes=2, channels=16, convs=5), '0 to 4, got 5'),
+    (lambda: retinanet(body(), num_classes=2, channels=16, convs=-1), '0 to 4, got -1'),
+    (lambda: retinanet(body(), num_classes=2, channels=4, norm=True), 'groups of 8 channels, got 4'),
+    (lambda: retinanet(body(), num_classes=2, score_treshold=.1), "'score_treshold' is no option here; those of RetinaNet: .*score_thresh"),
+    (lambda: fcos(body(), num_classes=2, min_size=300), "'min_size' is no option"),
+    (lambda: faster_rcnn(body(), num_classes=2, score_thresh=.1), 'those of FasterRCNN: .*box_score_thresh'),
+    (lambda: ssd(body(), num_classes=2, size=(64, 64)), "'size' is no option"),
+    (lambda: retinanet(nn.Conv2d(3, 8, 3, 4, 1), num_classes=2), r'list of maps, got one of \(1, 8, 128, 128\)'),
+    (lambda: ssd(Stages(nn.Conv2d(3, 8, 3, 4, 1), nn.Upsample(scale_factor=2)), num_classes=2), r'finest first, got strides \[4, 2\]'),
+    (lambda: fcos(Stages(), num_classes=2), r'got strides \[\]'),
     (lambda: ssd(body(), num_classes=2, pretrained=True), 'is a module'),
     (lambda: tiny_detector_student(3)(torch.zeros(3, 32, 32)), r'got \(3, 32, 32\)'),
     (lambda: tiny_detector_student(3)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), 'torch.uint8')])

@@ -18,6 +18,8 @@ from kdnotes.recipes import RECIPES, Shelf, Splits, describe, scenes_recipe
 ROWS = 'cwd', 'ifvd', 'at', 'local', 'pa', 'pi', 'ho'
 NAMES = ['scenes', 'camvid', 'scenes-all', 'camvid-all', 'skd-cityscapes-r18', *(f'{row}-cityscapes-r18' for row in ROWS), 'skd-camvid-espnetc',
          'skd-ade20k-r18', 'ka-voc-mobilenetv2', 'ka-cityscapes-mobilenetv2', 'ka-context-mobilenetv2', 'gld-cifar100-r110-r20']
+TASKS = ['scenes-classification', 'cifar10-jpeg', 'scenes-detection', 'bccd', 'scenes-depth', 'scenes-depth-log', 'rgbd-7scenes', 'gld-imagenet-r34-r18',
+         'gld-voc-ssd-r18', 'gld-voc-deeplabv3plus-r18', 'skd-coco-fcos-mobilenetv2', 'cwd-coco-retinanet-r50', 'skd-nyu-mobilenetv2']   # test_recipes_*.py
 METHODS = ['none', 'pixel_wise', 'channel_wise', 'pair_wise', 'local_affinity', 'attention_transfer', 'intra_class_variation',
            'knowledge_adaptation', 'holistic', 'global_local', 'skd']
 
@@ -152,7 +154,7 @@ def test_a_teacher_is_trained_by_its_budget(root):
 # names and settings
 
 def test_the_names():
-    assert list(RECIPES) == NAMES and all(RECIPES[n].name == n and RECIPES[n].about for n in NAMES)
+    assert sorted(RECIPES) == sorted(NAMES + TASKS) and all(r.name == n and r.about for n, r in RECIPES.items())
     for row in ROWS: assert list(RECIPES[f'{row}-cityscapes-r18'].methods)[:3] == ['none', 'logits', 'features'][:2 + (row != 'ho')]
     assert list(RECIPES['scenes-all'].methods) == list(RECIPES['camvid-all'].methods) == METHODS
     assert all(list(RECIPES[f'skd-{n}'].methods) == ['none', 'pixel_wise', 'pixel_wise+pair_wise', 'skd', 'skd_paper'] for n in ('cityscapes-r18', 'camvid-espnetc', 'ade20k-r18'))
@@ -249,7 +251,7 @@ def test_a_recipe_is_the_same_in_every_process():
     "Whatever was drawn or built before; else a comparison could not be continued. And building draws nothing."
     code = ('import json, torch\nfrom kdnotes.recipes import RECIPES, describe\ntorch.manual_seed(5); torch.rand(3); state = torch.get_rng_state()\n'
             'print(json.dumps({n: describe(RECIPES[n]) for n in reversed(list(RECIPES))}))\nassert torch.equal(state, torch.get_rng_state())')
-    assert json.loads(in_another_process(code)) == json.loads(json.dumps({n: describe(RECIPES[n]) for n in NAMES}))
+    assert json.loads(in_another_process(code)) == json.loads(json.dumps({n: describe(r) for n, r in RECIPES.items()}))
 
 
 def test_what_a_run_draws_itself_is_no_setting():
